@@ -1,0 +1,1 @@
+"""Benchmarks: crdtmerge beside plain torch, mergekit and crdt-merge, measured in the same run on the same machine."""

@@ -1,0 +1,5 @@
+"""``python -m crdtmerge``."""
+
+from crdtmerge.cli import main
+
+main()

@@ -1,0 +1,57 @@
+"""The commands together, and what becomes of errors: one line on stderr, exit 0 done, 1 a check failed, 2 bad input.
+
+Imports stay small: a command imports what it needs when it runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from crdtmerge import __version__
+from crdtmerge.cli import demo, inspection, merging, strategy_list, verification
+from crdtmerge.cli.console import fail
+from crdtmerge.errors import CrdtMergeError
+
+app = typer.Typer(
+    name="crdtmerge",
+    help="Merge models so that the same set and the same recipe give the same bytes on any machine.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"crdtmerge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself."""
+
+
+app.command("merge")(merging.merge)
+app.command("verify")(verification.verify)
+app.command("inspect")(inspection.inspect)
+app.command("strategies")(strategy_list.strategies)
+app.command("demo")(demo.demo)
+
+
+def run() -> None:
+    """Run the program; errors of ours become one line and exit code 2."""
+    try:
+        app()
+    except CrdtMergeError as error:
+        sys.exit(fail(error, as_json="--json" in sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("interrupted; nothing was left behind", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,5 @@
+"""``crdtmerge demo``: placeholder until the real one."""
+
+
+def demo() -> None:
+    """Not yet."""

@@ -1,0 +1,194 @@
+"""``crdtmerge merge``: checkpoints in, a checkpoint and its receipt out."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from crdtmerge.cli.console import Memory, emit, progress, say
+
+if TYPE_CHECKING:
+    from crdtmerge.resolve.merge import Merge
+    from crdtmerge.resolve.receipt import Receipt
+    from crdtmerge.weights.writer import Output
+
+EPILOG = "Example: crdtmerge merge ft-a/ ft-b/ ft-c/ --base base/ --strategy ties --set density=0.3 -o merged/"
+
+
+def merge(
+    models: Annotated[list[Path], typer.Argument(help="Checkpoints: .safetensors files or folders, in any order.")],
+    base: Annotated[Path | None, typer.Option(help="The model from which the others were fine-tuned.")] = None,
+    strategy: Annotated[str, typer.Option(help="See `crdtmerge strategies`.")] = "weight_average",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter; KEY@GLOB=VALUE for tensors of that name only."),
+    ] = None,
+    weight: Annotated[list[str] | None, typer.Option(help="One for each model, in their order.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="A folder, or a file ending in .safetensors. None: only digests.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the result: float32, bfloat16, float16, float64.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda; the bytes are the same.")] = "cpu",
+    threads: Annotated[int | None, typer.Option(min=1, help="The bytes are the same for any number.")] = None,
+    role: Annotated[list[str] | None, typer.Option(help="One for each model: task, forget, unlearned, safety.")] = None,
+    task: Annotated[list[str] | None, typer.Option(help="A task name for each model.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="Glob of tensors that are copied, not merged.")] = None,
+    missing: Annotated[
+        str | None, typer.Option(help="Tensors that some models lack: base (its values stand in) or skip.")
+    ] = None,
+    allow_nonfinite: Annotated[bool, typer.Option(help="Take NaN and infinity; they propagate as IEEE has it.")] = False,
+    rehash: Annotated[bool, typer.Option(help="Ask no cache; hash the very bytes that are merged.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Merge checkpoints.
+
+    The result and its receipt depend on the contents, weights and parameters alone: not on the order of the models,
+    their file names or shards, the number of threads or the machine.
+    """
+    from crdtmerge.resolve.merge import Merge, Options, claims, recipe_of
+    from crdtmerge.weights.cache import DigestCache
+
+    begin, memory = time.perf_counter(), Memory()
+    recipe, t = recipe_of(
+        strategy,
+        parsed(settings or []),
+        dtype=dtype,
+        missing=missing,
+        exclude=exclude or (),
+        allow_nonfinite=allow_nonfinite,
+    )
+    said = claims(len(models), weights=weight, t=t, roles=role, tasks=task)
+    check_device(device)
+    if out is not None:
+        check_output(out, [*models, *([base] if base else [])])
+    with ExitStack() as stack:
+        show = stack.enter_context(progress(quiet=as_json))
+
+        def advance(stage: str, done: int, total: int) -> None:
+            memory.sample()
+            show(stage, done, total)
+
+        options = Options(threads, device, rehash, None if rehash else DigestCache(), advance)
+        one = stack.enter_context(Merge(list(zip(models, said, strict=True)), recipe, base, options))
+        receipt, fsync_seconds, written = _write(one, out)
+    report = _report(one, receipt, out, written)
+    resident, anonymous = memory.finish()
+    report |= {"seconds": round(time.perf_counter() - begin, 6), "fsync_seconds": round(fsync_seconds, 6)}
+    report |= {"peak_rss_bytes": resident, "peak_anon_bytes": anonymous}
+    for note in one.notes:
+        say(f"note: {note}")
+    if as_json:
+        emit(report)
+    else:
+        _print(report)
+
+
+def parsed(settings: list[str]) -> dict[str, Any]:
+    """``KEY=VALUE`` and ``KEY@GLOB=VALUE`` as parameters. Raises UsageError."""
+    from crdtmerge.errors import UsageError
+
+    params: dict[str, Any] = {}
+    rules: dict[str, list[dict[str, str]]] = {}
+    for setting in settings:
+        target, equals, value = setting.partition("=")
+        key, at, glob = target.partition("@")
+        if not equals or not key or (at and not glob):
+            raise UsageError(f"--set {setting}: write it as KEY=VALUE, or KEY@GLOB=VALUE for some tensors.")
+        if at:
+            rules.setdefault(key, []).append({"filter": glob, "value": value})
+        elif key in params:
+            raise UsageError(f"--set {key} is given twice, as {params[key]} and {value}.")
+        else:
+            params[key] = value
+    for key, items in rules.items():
+        params[key] = items + ([{"value": params[key]}] if key in params else [])
+    return params
+
+
+def check_device(device: str) -> None:
+    """Raise UsageError unless the device is there."""
+    from crdtmerge.errors import UsageError
+    from crdtmerge.numerics.lazy import torch
+
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UsageError(f"device = {device!r}: must be cpu or cuda.")
+    if device != "cpu" and not torch.cuda.is_available():
+        raise UsageError("this build of torch sees no CUDA device; the bytes are the same with --device cpu.")
+
+
+def check_output(out: Path, inputs: list[Path]) -> None:
+    """Raise OutputError where the output would replace an input, or something that is not ours."""
+    from crdtmerge.errors import OutputError
+    from crdtmerge.resolve.merge import is_folder
+    from crdtmerge.weights.place import replaces_ours
+
+    target = out.resolve()
+    for path in inputs:
+        source = path.resolve()
+        if target == source or target in source.parents:
+            raise OutputError(f"{out}: would replace the input {path}; choose another -o.")
+    try:
+        replaces_ours(out, is_folder(out))
+    except OSError as fault:
+        raise OutputError(f"{out}: cannot be looked at: {fault.strerror}.") from None
+
+
+class _Nowhere:
+    def write(self, name: str, offset: int, data: object) -> None:
+        """Drop what is merged: only its digest was asked for."""
+
+
+def _write(one: Merge, out: Path | None) -> tuple[Receipt, float, int]:
+    """(receipt, seconds of fsync, bytes written)."""
+    from crdtmerge.resolve.merge import is_folder, publish
+    from crdtmerge.weights.writer import Output
+
+    if out is None:
+        return one.run(_Nowhere(), folder=True), 0.0, 0
+    folder = is_folder(out)
+    layout = one.layout(None if folder else out.name)
+    output: Output
+    with Output(out, layout, folder=folder) as output:
+        receipt = one.run(output, folder=folder)
+        fsync_seconds = publish(output, receipt, one.inputs(), one.files() if folder else {})
+    return receipt, fsync_seconds, layout.nbytes
+
+
+def _report(one: Merge, receipt: Receipt, out: Path | None, written: int) -> dict[str, Any]:
+    base = one.gathered.base
+    return {
+        "out": str(out) if out else None,
+        "merge_id": receipt.merge_id.hex(),
+        "root": receipt.root.hex(),
+        "recipe_id": receipt.recipe.id.hex(),
+        "strategy": receipt.recipe.strategy,
+        "version": receipt.recipe.version,
+        "class": "E" if receipt.exact else "P",
+        "seed": receipt.recipe.seed_for(receipt.root).hex(),
+        "contributions": [
+            {"path": c.source.label, "id": c.id.hex(), "weight": str(c.claim.weight)} for c in one.gathered.contributions
+        ],
+        "base": {"path": base.source.label, "id": base.id.hex()} if base else None,
+        "tensors": len(receipt.tensors),
+        "output_digest": receipt.output_digest.hex(),
+        "bytes_read": one.bytes_read,
+        "bytes_written": written,
+    }
+
+
+def _print(report: dict[str, Any]) -> None:
+    rate = report["bytes_read"] / max(report["seconds"] - report["fsync_seconds"], 1e-9) / 1e9
+    where = report["out"] or "nowhere (no -o)"
+    print(f"{report['strategy']} of {len(report['contributions'])} models, {report['tensors']} tensors -> {where}")
+    print(f"  in {report['seconds']:.2f} s ({report['fsync_seconds']:.2f} s of it fsync), {rate:.1f} GB/s")
+    for contribution in report["contributions"]:
+        print(f"  {contribution['id'][:16]}  weight {contribution['weight']:<6}  {contribution['path']}")
+    if report["base"]:
+        print(f"  {report['base']['id'][:16]}  base           {report['base']['path']}")
+    print(f"  root          {report['root']}")
+    print(f"  merge id      {report['merge_id']}")
+    print(f"  output digest {report['output_digest']}")

@@ -1,0 +1,180 @@
+"""Which arithmetic runs: the torch definition, or fused kernels that give the same bytes.
+
+``CRDTMERGE_KERNELS=torch|numba`` chooses. Left unsaid, merges that read less than ``limits.KERNEL_BYTES_MIN`` use torch
+and never wait for a compiler; larger ones use the kernels. Each kernel proves itself on a stored answer before its
+first use in a process; one that fails, or cannot be loaded, is left out with one warning and torch does the work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crdtmerge import limits
+from crdtmerge.errors import UsageError
+from crdtmerge.numerics.answers import ANSWERS, sample
+from crdtmerge.numerics.dtypes import DTYPES, DType
+from crdtmerge.numerics.programs import Affine, Consensus, Program
+from crdtmerge.numerics.selection import Search
+
+Raw = NDArray[Any]
+"""Stored values as unsigned integers of the storage size."""
+
+Choice = Literal["torch", "numba"]
+VARIABLE = "CRDTMERGE_KERNELS"
+UNSIGNED = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+
+
+class Kernel(Protocol):
+    """A program made ready: raw xs [k, n], base [n] and out [n], at a flat index that is a multiple of 65,536."""
+
+    def __call__(self, xs: Raw, base: Raw | None, out: Raw, start: int) -> None:
+        """Fill out."""
+
+
+def choice(bytes_in: int) -> Choice:
+    """Which arithmetic a merge of so many input bytes uses. Raises UsageError for an unknown choice."""
+    asked = os.environ.get(VARIABLE, "")
+    if asked not in ("", "torch", "numba"):
+        raise UsageError(f"{VARIABLE} = {asked!r}: must be torch or numba.")
+    if asked == "torch" or (not asked and bytes_in < limits.KERNEL_BYTES_MIN):
+        return "torch"
+    return "numba" if _module() else "torch"
+
+
+@cache
+def _module() -> ModuleType | None:
+    try:
+        from crdtmerge.numerics import kernels
+    except (ImportError, OSError, RuntimeError) as fault:
+        _warn(f"the fused kernels cannot be loaded ({fault})")
+        return None
+    return kernels
+
+
+def _warn(why: str) -> None:
+    warnings.warn(f"{why}; merging with torch, which gives the same bytes more slowly", RuntimeWarning, stacklevel=2)
+
+
+def kernel(program: Program, dtype: DType, out: DType) -> Kernel | None:
+    """The fused kernel of a program for inputs of one dtype, or None where only the definition can be trusted."""
+    kind = "affine" if isinstance(program, Affine) else "consensus"
+    return _ready(program, dtype, out) if proven(kind, dtype.name, out.name) else None
+
+
+def _ready(program: Program, dtype: DType, out: DType) -> Kernel:
+    make: Callable[..., Kernel] = _affine if isinstance(program, Affine) else _consensus
+    return make(program, dtype, out)
+
+
+def _affine(program: Affine, dtype: DType, out: DType) -> Kernel:
+    module = _loaded()
+    weights = np.array(program.weights, np.float64)
+    divides, divisor = program.divisor is not None, program.divisor or 1.0
+    kinds = module.KINDS[dtype.name], module.KINDS[out.name]
+    nothing = np.empty(0, UNSIGNED[dtype.itemsize])
+
+    def run(xs: Raw, base: Raw | None, y: Raw, start: int) -> None:
+        b = base if program.on_base and base is not None else nothing
+        module.affine(xs, b, y, weights, divisor, divides, program.on_base, program.scale, *kinds)
+
+    return run
+
+
+def _consensus(program: Consensus, dtype: DType, out: DType) -> Kernel:
+    module = _loaded()
+    real: Any = np.float32 if dtype.itemsize == 2 else np.float64
+    weights = np.array(program.weights, real)
+    cuts = np.array(program.cuts, np.int64).reshape(-1, 2)
+    streams = np.array(program.streams, np.uint32).reshape(-1, 4)
+    modes = module.ELECT[program.elect], module.COMBINE[program.combine]
+    kinds = module.KINDS[dtype.name], module.KINDS[out.name]
+    rescale, scale, below = real(program.rescale), real(program.scale), np.uint64(program.keep_below)
+
+    def run(xs: Raw, base: Raw | None, y: Raw, start: int) -> None:
+        module.consensus(xs, base, y, start, weights, cuts, streams, below, rescale, *modes, scale, *kinds)
+
+    return run
+
+
+def gram(xs: Raw, base: Raw | None, dtype: DType) -> NDArray[np.float64] | None:
+    """Block sums of all pairs [pairs, blocks] of rows (of rows - base, if given); None if the kernel is not proven."""
+    return _gram(xs, base, dtype) if proven("gram", dtype.name, "") else None
+
+
+def _gram(xs: Raw, base: Raw | None, dtype: DType) -> NDArray[np.float64]:
+    module = _loaded()
+    k, n = xs.shape
+    out = np.empty((k * (k + 1) // 2, -(-n // module.BLOCK)))
+    module.gram(xs, xs[0] if base is None else base, base is not None, out, module.KINDS[dtype.name])
+    return out
+
+
+def count(x: Raw, base: Raw, search: Search, dtype: DType, wide: bool) -> NDArray[np.int64] | None:
+    """``selection.count`` of |x - base|, as float64 patterns if ``wide``; None if the kernel is not proven."""
+    return _count(x, base, search, dtype, wide) if proven("count", dtype.name, "") else None
+
+
+def _count(x: Raw, base: Raw, search: Search, dtype: DType, wide: bool) -> NDArray[np.int64]:
+    module = _loaded()
+    counts = np.zeros(search.steps + 1, np.int64)
+    module.count(x, base, search.lo, search.hi, search.shift, counts, module.KINDS[dtype.name], wide)
+    return counts
+
+
+def collect(
+    x: Raw, base: Raw, search: Search, dtype: DType, wide: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+    """``selection.collect`` of |x - base|; None if the kernel is not proven."""
+    if not proven("count", dtype.name, ""):
+        return None
+    module = _loaded()
+    found: tuple[NDArray[np.int64], NDArray[np.int64]] = module.collect(
+        x, base, search.lo, search.hi, module.KINDS[dtype.name], wide
+    )
+    return found
+
+
+def _loaded() -> Any:
+    module = _module()
+    assert module is not None, "kernels are asked for only after choice() said numba"
+    return module
+
+
+# ---------------------------------------------------------------- known answers
+
+
+@cache
+def proven(kind: str, dtype: str, out: str) -> bool:
+    """Whether a kernel gives its stored answer in this process; says so once if it does not."""
+    if _module() is None:
+        return False
+    if answer(kind, dtype, out) == ANSWERS.get(f"{kind}/{dtype}/{out}"):
+        return True
+    _warn(f"the fused kernel {kind}/{dtype}/{out} does not give its known answer on this machine")
+    return False
+
+
+def answer(kind: str, dtype: str, out: str) -> str:
+    """What a kernel computes from the sample inputs, as 16 hexadecimal digits."""
+    tried = sample(dtype)
+    xs, base = tried.xs, tried.base
+    results: list[NDArray[Any]] = []
+    if kind in ("affine", "consensus"):
+        for program in tried.affine if kind == "affine" else tried.consensus:
+            y = np.empty(base.shape, UNSIGNED[DTYPES[out].itemsize])
+            _ready(program, DTYPES[dtype], DTYPES[out])(xs, base, y, tried.start)
+            results.append(y)
+    elif kind == "gram":
+        results = [_gram(xs, None, DTYPES[dtype]), _gram(xs, base, DTYPES[dtype])]
+    else:
+        results = [_count(xs[0], base, search, DTYPES[dtype], wide) for search, wide in tried.searches]
+    return hashlib.sha256(b"".join(result.tobytes() for result in results)).hexdigest()[:16]

@@ -1,0 +1,120 @@
+"""What is asked of a merge: the strategy and its parameters, base, output dtype, seed; canonical bytes and id.
+
+A recipe says everything a merge depends on besides the set of contributions. It is written by a person in short
+form, and *complete* once the strategy's version, every default and the base's content id are filled in; only a complete
+recipe has an id, so that 1, 1.0 and a default left out give one id.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from crdtmerge.canonical import digest, pack
+from crdtmerge.errors import UsageError
+
+Missing = Literal["base", "skip"]
+
+SEED_MAX = 1 << 64
+
+
+class Recipe:
+    """A merge as asked for.
+
+    ``seed`` is ``"root"`` (drawn from the Merkle root of the contributions) or an integer in [0, 2^64). ``dtype`` is the
+    output's (a safetensors name) or None for the inputs' own. ``missing`` says what to do with tensors that some inputs
+    lack, ``exclude`` holds globs of tensors that are copied instead of merged.
+
+    >>> Recipe("ties", density=0.2).params
+    {'density': 0.2}
+    """
+
+    def __init__(
+        self,
+        strategy: str,
+        *,
+        version: int | None = None,
+        base: bytes | None = None,
+        dtype: str | None = None,
+        seed: str | int = "root",
+        missing: Missing | None = None,
+        exclude: Sequence[str] = (),
+        allow_nonfinite: bool = False,
+        **params: Any,
+    ) -> None:
+        self.strategy, self.version, self.base, self.dtype = strategy, version, base, dtype
+        self.seed = _seed(seed)
+        self.missing, self.exclude, self.allow_nonfinite = missing, tuple(sorted(set(exclude))), allow_nonfinite
+        if missing not in (None, "base", "skip"):
+            raise UsageError(f"missing = {missing!r}: must be base or skip.")
+        self.params: dict[str, Any] = params
+
+    def completed(self, version: int, params: Mapping[str, Any], base: bytes | None) -> Recipe:
+        """The same recipe with the strategy's version, canonical parameters and the base's content id."""
+        return Recipe(
+            self.strategy,
+            version=version,
+            base=base,
+            dtype=self.dtype,
+            seed=self.seed,
+            missing=self.missing,
+            exclude=self.exclude,
+            allow_nonfinite=self.allow_nonfinite,
+            **params,
+        )
+
+    def canonical(self) -> dict[str, Any]:
+        """The recipe as a value of strings, integers, lists and maps, ids in hexadecimal."""
+        assert self.version is not None, "only a complete recipe has a canonical form"
+        return {
+            "strategy": self.strategy,
+            "version": self.version,
+            "params": self.params,
+            "base": self.base.hex() if self.base else None,
+            "dtype": self.dtype,
+            "seed": self.seed,
+            "missing": self.missing,
+            "exclude": list(self.exclude),
+            "allow_nonfinite": self.allow_nonfinite,
+        }
+
+    @classmethod
+    def from_canonical(cls, value: Mapping[str, Any]) -> Recipe:
+        """The complete recipe of a canonical form. Raises KeyError, TypeError or ValueError for anything else."""
+        fields = dict(value)
+        params = fields.pop("params")
+        base = fields.pop("base")
+        return cls(**fields, base=bytes.fromhex(base) if base else None, **params)
+
+    @property
+    def id(self) -> bytes:
+        """SHA-256 over the canonical form, 32 bytes."""
+        return digest("recipe", self.canonical())
+
+    def seed_for(self, root: bytes) -> bytes:
+        """The seed of a merge of the set with this root, 32 bytes."""
+        return digest("seed", root if self.seed == "root" else self.seed)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash(self.strategy)
+
+    def __repr__(self) -> str:
+        said = ", ".join(f"{name}={value!r}" for name, value in self.params.items())
+        return f"Recipe({self.strategy!r}{', ' if said else ''}{said})"
+
+
+def _seed(value: str | int) -> str | int:
+    text = str(value)
+    if text == "root":
+        return "root"
+    if isinstance(value, bool) or not text.isdecimal() or int(text) >= SEED_MAX:
+        raise UsageError(f"seed = {value!r}: must be 'root' or an integer from 0 to 2^64 - 1.")
+    return int(text)
+
+
+def recipe_bytes(recipe: Recipe) -> bytes:
+    """The canonical bytes of a complete recipe."""
+    return pack(recipe.canonical())

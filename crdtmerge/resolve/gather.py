@@ -1,0 +1,118 @@
+"""Pass 1: from sources to a set. Digests, content ids, claims, canonical order and the root.
+
+Positions end here: a weight given for the second path belongs from here on to a content id.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+
+from crdtmerge.canonical import complement
+from crdtmerge.errors import NonFiniteError, UsageError
+from crdtmerge.numerics.workers import Workers
+from crdtmerge.replica import trie
+from crdtmerge.replica.contribution import Claim, Row, content_id, leaf
+from crdtmerge.resolve.sources import Progress, Source
+from crdtmerge.strategies.protocol import Meta
+from crdtmerge.weights.cache import DigestCache
+from crdtmerge.weights.digests import Facts
+
+
+@dataclass(frozen=True)
+class Known:
+    """A source with its facts and content id."""
+
+    source: Source
+    facts: dict[str, Facts]
+    id: bytes
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """An element of the set: a content and what is claimed of it."""
+
+    known: Known
+    claim: Claim
+
+    @property
+    def id(self) -> bytes:
+        """The content id."""
+        return self.known.id
+
+    @property
+    def source(self) -> Source:
+        """Where its tensors are read."""
+        return self.known.source
+
+    @property
+    def meta(self) -> Meta:
+        """What a strategy sees of it."""
+        return Meta(self.id, self.claim.weight, self.claim.role, self.claim.task)
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """The set in canonical order, with its root, and what should be said about it."""
+
+    contributions: tuple[Contribution, ...]
+    base: Known | None
+    root: bytes
+    notes: list[str] = field(default_factory=list)
+
+
+def known(source: Source, workers: Workers, cache: DigestCache | None, progress: Progress) -> Known:
+    """Read a source once (or ask the cache): its facts and content id."""
+    facts = source.facts(workers, cache, progress)
+    rows = [Row(name, entry.dtype.name, entry.shape, facts[name].digest) for name, entry in source.entries.items()]
+    return Known(source, facts, content_id(rows))
+
+
+def gather(models: Sequence[tuple[Known, Claim]], base: Known | None) -> Gathered:
+    """The set of the models in canonical order. Raises UsageError where one content comes with two claims."""
+    if not models:
+        raise UsageError("nothing to merge: give at least one model.")
+    found: dict[bytes, Contribution] = {}
+    notes = []
+    for one, claim in models:
+        first = found.setdefault(one.id, Contribution(one, claim))
+        if first.known is one:
+            continue
+        if first.claim != claim:
+            raise UsageError(
+                f"{one.source.label} and {first.source.label} hold the same content, {_claim(claim)} and "
+                f"{_claim(first.claim)}. A set holds it once: give it once, with one weight, role and task."
+            )
+        notes.append(f"{one.source.label} holds the same content as {first.source.label} and counts once")
+    ordered = tuple(found[content] for content in sorted(found))
+    root = trie.root({one.id: leaf(one.id, one.claim) for one in ordered})
+    return Gathered(ordered, base, root, notes)
+
+
+def _claim(claim: Claim) -> str:
+    return f"weight {claim.weight}, role {claim.role}" + (f", task {claim.task}" if claim.task else "")
+
+
+def refuse_nonfinite(one: Known, exclude: Sequence[str]) -> None:
+    """Raise NonFiniteError if any tensor that is not left out holds NaN or infinity."""
+    for name, fact in one.facts.items():
+        if fact.nonfinite and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude):
+            count, first = fact.nonfinite
+            raise NonFiniteError(
+                f"{one.source.where(name)}: tensor {name!a} holds {count} values that are NaN or infinite, the first at "
+                f"index {first}. One of them spoils every mean. Repair the model, leave the tensor out with --exclude, "
+                "or use --allow-nonfinite."
+            )
+
+
+def pair_weights(t: Decimal, count: int, weighted: bool) -> tuple[Decimal, Decimal]:
+    """``t`` for two models as weights (1-t, t) in the order given. Raises UsageError for anything else."""
+    if weighted:
+        raise UsageError("t and weights say the same thing twice: give one of them.")
+    if count != 2:
+        raise UsageError(f"t is for two models, not {count}; give weights instead.")
+    if not 0 <= t <= 1:
+        raise UsageError(f"t = {t}: must be from 0 to 1.")
+    return complement(t), t

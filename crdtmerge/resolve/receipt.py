@@ -1,0 +1,134 @@
+"""The receipt: what a merge was made of and what came out, byte-equal on every machine.
+
+It holds no time, host, path or library version (those of class P excepted, which are their point). Beside it lies
+``inputs.json``, a hint where the inputs were found, which is not part of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from crdtmerge.canonical import decimal, decimal_text, digest
+from crdtmerge.errors import ReceiptError, UsageError
+from crdtmerge.recipe import Recipe
+from crdtmerge.replica import trie
+from crdtmerge.replica.contribution import Claim, leaf
+
+FORMAT = "crdtmerge/receipt/1"
+
+
+@dataclass(frozen=True)
+class TensorRow:
+    """An output tensor."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    digest: bytes
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """What a merge was made of and what came out."""
+
+    recipe: Recipe
+    contributions: tuple[tuple[bytes, Claim], ...]
+    tensors: tuple[TensorRow, ...]
+    files: Mapping[str, str]
+    exact: bool = True
+    build: str | None = None
+
+    @property
+    def root(self) -> bytes:
+        """The Merkle root of the contributions."""
+        return trie.root({content: leaf(content, claim) for content, claim in self.contributions})
+
+    @property
+    def merge_id(self) -> bytes:
+        """Names the merge: the set and the recipe."""
+        return merge_id(self.root, self.recipe)
+
+    @property
+    def output_digest(self) -> bytes:
+        """Over all output tensors in the order of their names."""
+        return digest("output", [[t.name, t.dtype, list(t.shape), t.digest] for t in self.tensors])
+
+    def to_json(self) -> dict[str, Any]:
+        """The receipt as a JSON value; ids and digests in hexadecimal."""
+        return {
+            "format": FORMAT,
+            "merge_id": self.merge_id.hex(),
+            "root": self.root.hex(),
+            "recipe_id": self.recipe.id.hex(),
+            "recipe": self.recipe.canonical(),
+            "seed": self.recipe.seed_for(self.root).hex(),
+            "class": "E" if self.exact else "P",
+            "build": self.build,
+            "contributions": [
+                {"id": content.hex(), "weight": decimal_text(claim.weight), "role": claim.role, "task": claim.task}
+                for content, claim in self.contributions
+            ],
+            "output_digest": self.output_digest.hex(),
+            "tensors": [
+                {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "digest": t.digest.hex()}
+                for t in self.tensors
+            ],
+            "files": dict(self.files),
+        }
+
+    def to_bytes(self) -> bytes:
+        """The one text form: ASCII, sorted keys, a newline at the end."""
+        return json_bytes(self.to_json())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, where: str) -> Receipt:
+        """Read a receipt. Raises ReceiptError for anything that is not one, to the byte."""
+        try:
+            value = json.loads(data)
+            receipt = cls(
+                Recipe.from_canonical(value["recipe"]),
+                tuple((bytes.fromhex(c["id"]), _claim(c)) for c in value["contributions"]),
+                tuple(
+                    TensorRow(t["name"], t["dtype"], tuple(t["shape"]), bytes.fromhex(t["digest"]))
+                    for t in value["tensors"]
+                ),
+                dict(value["files"]),
+                value["class"] == "E",
+                value["build"],
+            )
+            same = receipt.to_bytes() == data
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, UsageError) as fault:
+            raise ReceiptError(f"{where}: not a receipt of this program ({type(fault).__name__}: {fault}).") from None
+        if not same:
+            raise ReceiptError(f"{where}: its parts contradict each other: it was changed after the merge.")
+        return receipt
+
+
+def merge_id(root: bytes, recipe: Recipe) -> bytes:
+    """Names the merge of a set by a recipe."""
+    return digest("merge", [root, recipe.id])
+
+
+def _claim(value: Mapping[str, Any]) -> Claim:
+    weight = decimal(value["weight"])
+    assert isinstance(weight, Decimal)
+    return Claim(weight, value["role"], value["task"])
+
+
+def json_bytes(value: object) -> bytes:
+    """A JSON document with sorted keys, two spaces a level, ASCII, a newline at the end."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
+
+
+def inputs_bytes(contributions: Sequence[tuple[bytes, str]], base: tuple[bytes, str] | None) -> bytes:
+    """``inputs.json``: content ids to the paths where they were found."""
+    return json_bytes(
+        {
+            "base": {"id": base[0].hex(), "path": base[1]} if base else None,
+            "contributions": [{"id": content.hex(), "path": path} for content, path in contributions],
+        }
+    )

@@ -1,0 +1,216 @@
+"""Verification: merge again from the inputs and compare every byte with what lies there.
+
+Three answers: the same bytes; different; cannot tell (an input is missing or has changed, the strategy has another
+version here, or the merge was of class P and this is another build).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crdtmerge import limits
+from crdtmerge.errors import CrdtMergeError, InputError, ReceiptError
+from crdtmerge.numerics.workers import Workers
+from crdtmerge.recipe import Recipe
+from crdtmerge.replica.contribution import Claim
+from crdtmerge.resolve.gather import known
+from crdtmerge.resolve.merge import Merge, Options, is_folder
+from crdtmerge.resolve.receipt import Receipt
+from crdtmerge.resolve.sources import open_source
+from crdtmerge.strategies import registry
+from crdtmerge.weights.layout import Layout
+from crdtmerge.weights.place import RECEIPT_NAME
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The answer, with the reason, and the receipt if there is one."""
+
+    answer: Literal["same", "different", "unknown"]
+    reason: str
+    receipt: Receipt | None = None
+
+
+class _Different(Exception):
+    """The first difference found."""
+
+
+class _Unknown(Exception):
+    """Why there is no telling."""
+
+
+def verify(
+    out: Path,
+    against: Sequence[Path] = (),
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Verdict:
+    """Merge again and compare. ``against`` names where the inputs are, in any order, instead of ``inputs.json``."""
+    receipt: Receipt | None = None
+    try:
+        receipt = _receipt(out)
+        _check_version(receipt)
+        paths = _found(receipt, against or _hinted(out), threads)
+        _merge_again(out, receipt, paths, Options(threads, device, rehash=True, progress=progress))
+    except _Different as found:
+        return Verdict("different", str(found), receipt)
+    except _Unknown as found:
+        return Verdict("unknown", str(found), receipt)
+    return Verdict("same", "the same bytes came out again", receipt)
+
+
+def _beside(out: Path, name: str) -> Path:
+    return out / name if is_folder(out) else out.with_name(f"{out.name}.{name}")
+
+
+def _receipt(out: Path) -> Receipt:
+    path = _beside(out, RECEIPT_NAME)
+    if not out.exists():
+        raise InputError(f"{out}: there is no such output.")
+    data = _bounded(path)
+    if data is None:
+        raise _Unknown(f"{path} is missing: nothing says what this was merged from")
+    try:
+        return Receipt.from_bytes(data, str(path))
+    except ReceiptError as fault:
+        raise _Different(str(fault)) from None
+
+
+def _bounded(path: Path) -> bytes | None:
+    try:
+        if path.stat().st_size > limits.RECEIPT_BYTES_MAX:
+            raise InputError(f"{path}: larger than {limits.RECEIPT_BYTES_MAX} bytes (limits.RECEIPT_BYTES_MAX).")
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def _check_version(receipt: Receipt) -> None:
+    recipe = receipt.recipe
+    strategy = registry.get(recipe.strategy)
+    if strategy.version != recipe.version:
+        raise _Unknown(
+            f"it was made by version {recipe.version} of {recipe.strategy}; this is version {strategy.version}"
+        )
+    if not receipt.exact:
+        raise _Unknown("it is of class P: only the build that made it can repeat it")
+
+
+def _hinted(out: Path) -> list[Path]:
+    path = _beside(out, "inputs.json")
+    data = _bounded(path)
+    if data is None:
+        raise _Unknown(f"{path} is missing: say with --against where the inputs are")
+    try:
+        hints: Mapping[str, Any] = json.loads(data)
+        rows = [*hints["contributions"], *([hints["base"]] if hints["base"] else [])]
+        return [Path(row["path"]) for row in rows]
+    except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        raise _Different(f"{path}: not a list of inputs ({type(fault).__name__}: {fault})") from None
+
+
+def _found(receipt: Receipt, paths: Sequence[Path], threads: int | None) -> dict[bytes, Path]:
+    """The path of each input's content, hashed anew. Raises _Unknown if one is not there."""
+    wanted = {content for content, _ in receipt.contributions} | (
+        {receipt.recipe.base} if receipt.recipe.base else set()
+    )
+    found: dict[bytes, Path] = {}
+    faults = []
+    with Workers(threads) as workers:
+        for path in dict.fromkeys(paths):
+            try:
+                source = open_source(path, str(path))
+                found[known(source, workers, None, lambda read: None).id] = path
+                source.close()
+            except CrdtMergeError as fault:
+                faults.append(str(fault))
+    missing = sorted(wanted - found.keys())
+    if missing:
+        seen = "; ".join(faults) or f"none of {', '.join(map(str, paths))} holds it any more"
+        raise _Unknown(f"the input {missing[0].hex()[:16]} is missing: {seen}")
+    return {content: found[content] for content in wanted}
+
+
+def _merge_again(out: Path, receipt: Receipt, paths: Mapping[bytes, Path], options: Options) -> None:
+    models: list[tuple[Path, Claim]] = [(paths[content], claim) for content, claim in receipt.contributions]
+    recipe = receipt.recipe
+    base = paths[recipe.base] if recipe.base else None
+    with Merge(models, _as_asked(recipe), base, options) as one:
+        layout = one.layout(None if is_folder(out) else out.name)
+        with _comparing(out, layout) as sink:
+            again = one.run(sink, folder=is_folder(out))
+        if again.to_bytes() != receipt.to_bytes():
+            raise _Different("the receipt is not the one that this merge gives")
+        if is_folder(out):
+            _compare_files(
+                out, {**one.files(), **({"model.safetensors.index.json": layout.index} if layout.index else {})}
+            )
+            _refuse_extra(out, layout)
+
+
+def _as_asked(recipe: Recipe) -> Recipe:
+    return recipe.completed(recipe.version or 0, recipe.params, None)
+
+
+class _Compared:
+    """A sink that reads what lies there and compares."""
+
+    def __init__(self, layout: Layout, descriptors: Mapping[str, int]) -> None:
+        self._layout, self._descriptors = layout, descriptors
+        self._local = threading.local()
+
+    def write(self, name: str, offset: int, data: NDArray[np.uint8]) -> None:
+        """Raise _Different unless the same bytes stand there."""
+        file, entry = self._layout.place(name)
+        there = os.pread(self._descriptors[file.name], data.nbytes, entry.begin + offset)
+        if there != data.tobytes():
+            raise _Different(f"tensor {name!a} in {file.name} differs")
+
+
+@contextmanager
+def _comparing(out: Path, layout: Layout) -> Iterator[_Compared]:
+    """A sink over the files of an output, whose sizes and headers are compared at once."""
+    descriptors: dict[str, int] = {}
+    try:
+        for file in layout.files:
+            path = out / file.name if is_folder(out) else out
+            try:
+                descriptors[file.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as fault:
+                raise _Different(f"{path}: {fault.strerror}") from None
+            size = os.fstat(descriptors[file.name]).st_size
+            if size != file.size:
+                raise _Different(f"{path} has {size} bytes; the merge gives {file.size}")
+            if os.pread(descriptors[file.name], len(file.header), 0) != file.header:
+                raise _Different(f"the header of {path} differs")
+        yield _Compared(layout, descriptors)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _compare_files(out: Path, files: Mapping[str, bytes]) -> None:
+    for name, data in files.items():
+        path = out / name
+        if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
+            raise _Different(f"{path} is not the file that the merge carries over")
+
+
+def _refuse_extra(out: Path, layout: Layout) -> None:
+    """Other weights in the folder could be loaded in place of the merged ones."""
+    ours = {file.name for file in layout.files}
+    extra = sorted(path.name for path in out.iterdir() if path.suffix == ".safetensors" and path.name not in ours)
+    if extra or (layout.index is None and (out / "model.safetensors.index.json").exists()):
+        raise _Different(f"{out / (extra or ['model.safetensors.index.json'])[0]} does not belong to the merge")

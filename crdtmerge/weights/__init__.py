@@ -1,0 +1,1 @@
+"""Files: strict safetensors reading, reproducible writing, checkpoint folders, tensor digests."""

@@ -1,0 +1,107 @@
+"""Configuration and tokenizer files that travel with a model into the output, by an allow-list.
+
+RULES
+1. Only the names below, only regular files (links as ``links`` allows), together at most
+   ``limits.CARRIED_FILES_BYTES_MAX``.
+2. Code never travels: no ``*.py``, and the key ``auto_map``, which names code to run, is taken out of ``*config.json``.
+3. ``config.json`` states the output's dtype. Everything else is carried byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+from crdtmerge import limits
+from crdtmerge.errors import CheckpointError, some
+from crdtmerge.weights import strict_json
+from crdtmerge.weights.descriptors import open_file
+from crdtmerge.weights.links import lead
+from crdtmerge.weights.tensorfile import read_at
+
+CARRIED_NAMES = frozenset(
+    {
+        # the model
+        *("config.json", "generation_config.json"),
+        # its tokenizer
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tekken.json"),
+        *("vocab.json", "vocab.txt", "merges.txt", "vocab.bpe", "encoder.json", "tokenizer.model", "spiece.model"),
+        *("sentencepiece.bpe.model", "source.spm", "target.spm", "chat_template.jinja", "chat_template.json"),
+        # its images, sound and video
+        *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
+        *("video_preprocessor_config.json", "feature_extractor_config.json"),
+    }
+)
+"""Every file name that is carried."""
+
+_CODE_KEY = "auto_map"
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def carried_files(folder: Path | None, out_dtype: str | None) -> tuple[dict[str, bytes], list[str]]:
+    """The files of a checkpoint folder to carry, by name in sorted order, and notes on what was left out.
+
+    ``out_dtype`` is torch's spelling (``"bfloat16"``), written into config.json where that states another.
+    Raises CheckpointError: files too large, a forbidden link, a config that is not JSON.
+    """
+    if folder is None:
+        return {}, []
+    names = names_in(folder)
+    files: dict[str, bytes] = {}
+    notes = [f"{name!a} is code and was not copied" for name in names if name.endswith(".py")]
+    left = limits.CARRIED_FILES_BYTES_MAX
+    for name in (name for name in names if name in CARRIED_NAMES):
+        files[name] = read_small(folder, name, left)
+        left -= len(files[name])
+    stripped = [name for name in files if name.endswith("config.json") and _rewrite(files, name, folder, out_dtype)]
+    if stripped:
+        notes.append(f"{_CODE_KEY}, which names code to run, was taken out of {some(stripped)}")
+    return files, notes
+
+
+def names_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted. Raises CheckpointError where it cannot be read."""
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208
+    except OSError as fault:
+        raise CheckpointError(f"{folder}: cannot be listed: {fault.strerror}.") from fault
+
+
+def read_small(folder: Path, name: str, bytes_max: int) -> bytes:
+    """The bytes of a regular file in a folder. Raises CheckpointError: too large, no regular file, a forbidden link."""
+    path = folder / name
+    try:
+        descriptor = open_file(lead(folder, name), os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as fault:
+        raise CheckpointError(f"{path}: cannot be opened: {fault.strerror}.") from fault
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise CheckpointError(f"{path}: is not a regular file.")
+        if status.st_size > bytes_max:
+            raise CheckpointError(f"{path}: {status.st_size} bytes; at most {bytes_max} are read (limits.py).")
+        data = bytearray(status.st_size)
+        return bytes(data[: read_at(path, descriptor, 0, memoryview(data))])
+    finally:
+        os.close(descriptor)
+
+
+def read_config(data: bytes, where: str) -> dict[str, Any]:
+    """A configuration file's map. Raises CheckpointError."""
+    return strict_json.parse(data, where, CheckpointError, depth=64, fractions=True, negatives=True)
+
+
+def _rewrite(files: dict[str, bytes], name: str, folder: Path, out_dtype: str | None) -> bool:
+    """Take out what names code, and state the dtype; whether there was code."""
+    table = read_config(files[name], str(folder / name))
+    code = table.pop(_CODE_KEY, None) is not None
+    stale = [
+        key for key in _DTYPE_KEYS if name == "config.json" and out_dtype and table.get(key, out_dtype) != out_dtype
+    ]
+    if code or stale:
+        table.update(dict.fromkeys(stale, out_dtype))
+        files[name] = (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+    return code
