@@ -1,3 +1,54 @@
-"""crdtmerge: the same set of models and the same recipe give the same merged bytes, on any machine."""
+"""crdtmerge: the same set of models and the same recipe give the same merged bytes, on any machine.
+
+    import crdtmerge as cm
+
+    merged = cm.merge(["ft-a/", "ft-b/"], strategy="slerp", weights=[1, 2])
+    merged.save("merged/")
+
+Names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from crdtmerge.errors import CrdtMergeError
+    from crdtmerge.recipe import Recipe
+    from crdtmerge.resolve.merge import Merged, merge
+    from crdtmerge.resolve.receipt import Receipt
+    from crdtmerge.resolve.verify import Verdict, verify
+    from crdtmerge.strategies.protocol import Strategy
+
+_HOMES = {
+    "CrdtMergeError": "crdtmerge.errors",
+    "Merged": "crdtmerge.resolve.merge",
+    "Receipt": "crdtmerge.resolve.receipt",
+    "Recipe": "crdtmerge.recipe",
+    "Strategy": "crdtmerge.strategies.protocol",
+    "Verdict": "crdtmerge.resolve.verify",
+    "merge": "crdtmerge.resolve.merge",
+    "verify": "crdtmerge.resolve.verify",
+}
+
+__all__ = [
+    "CrdtMergeError",
+    "Merged",
+    "Receipt",
+    "Recipe",
+    "Strategy",
+    "Verdict",
+    "__version__",
+    "merge",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'crdtmerge' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -21,9 +21,9 @@ SEED_MAX = 1 << 64
 class Recipe:
     """A merge as asked for.
 
-    ``seed`` is ``"root"`` (drawn from the Merkle root of the contributions) or an integer in [0, 2^64). ``dtype`` is the
-    output's (a safetensors name) or None for the inputs' own. ``missing`` says what to do with tensors that some inputs
-    lack, ``exclude`` holds globs of tensors that are copied instead of merged.
+    ``seed`` is ``"root"`` (drawn from the Merkle root of the contributions) or an integer in [0, 2^64). ``dtype`` is
+    the output's (a safetensors name) or None for the inputs' own. ``missing`` says what to do with tensors that some
+    inputs lack, ``exclude`` holds globs of tensors that are copied instead of merged.
 
     >>> Recipe("ties", density=0.2).params
     {'density': 0.2}

@@ -53,7 +53,7 @@ def inspect(
     width = max((len(ascii(row["name"])) for row in rows), default=0)
     for row in rows:
         bad = f"  {row['nonfinite']} NaN or infinite" if row["nonfinite"] else ""
-        shape = "x".join(map(str, entry_shape)) if (entry_shape := row["shape"]) else "scalar"
+        shape = "x".join(map(str, source.entries[str(row["name"])].shape)) or "scalar"
         print(f"{ascii(row['name']):<{width}}  {row['dtype']:<5} {shape:<16} {str(row['digest'])[:16]}{bad}")
     print(f"{len(rows)} tensors, {total} bytes")
     print(f"content id {found.id.hex()}")

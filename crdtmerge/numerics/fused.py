@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,14 +30,11 @@ Raw = NDArray[Any]
 
 Choice = Literal["torch", "numba"]
 VARIABLE = "CRDTMERGE_KERNELS"
-UNSIGNED = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
+UNSIGNED: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
 
-class Kernel(Protocol):
-    """A program made ready: raw xs [k, n], base [n] and out [n], at a flat index that is a multiple of 65,536."""
-
-    def __call__(self, xs: Raw, base: Raw | None, out: Raw, start: int) -> None:
-        """Fill out."""
+Kernel = Callable[[Raw, Raw | None, Raw, int], None]
+"""A program made ready: raw xs [k, n], base [n], out [n] to be filled, and the flat index at which they begin."""
 
 
 def choice(bytes_in: int) -> Choice:

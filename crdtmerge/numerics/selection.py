@@ -34,15 +34,15 @@ COLLECT_MAX = 1 << 16
 
 
 class Cut(NamedTuple):
-    """Where the k largest end: the pattern of the k-th, and the position of the last element that has it and is kept."""
+    """Where the k largest end: the pattern of the k-th, and where the last element lies that has it and is kept."""
 
     bits: int
     tensor: int
-    index: int
+    at: int
 
     def index_in(self, tensor: int) -> int:
         """The last index of a tensor at which the k-th pattern itself is kept; -1 for none."""
-        return self.index if tensor == self.tensor else (1 << 62 if tensor < self.tensor else -1)
+        return self.at if tensor == self.tensor else (1 << 62 if tensor < self.tensor else -1)
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Search:
         return step, int(from_top[back]) - int(counts[step])
 
     def found(self, rows: list[NDArray[np.int64]]) -> tuple[int, int, int] | None:
-        """From the counts of each stretch in a ``last`` pass: (pattern, stretch with the last kept tie, its rank there).
+        """From the counts of each stretch in a ``last`` pass: pattern, stretch of the last kept tie, its rank there.
 
-        None if the k-th largest is not in the range. The rank counts the stretch's own ties from 1.
+        The rank counts the stretch's own ties from 1. None if the k-th largest is not in the range.
         """
         counts = np.sum(rows, axis=0)
         above, inside = int(counts[-1]), int(counts[:-1].sum())

@@ -22,7 +22,6 @@ from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.reduction import BLOCK
 from crdtmerge.numerics.rounding import canonical_nan, torch_dtype
 from crdtmerge.resolve.fit import Merging
-from crdtmerge.resolve.sources import Source
 from crdtmerge.strategies.protocol import Unit
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -175,7 +174,7 @@ class _Engine:
             return None
         if tensor.name not in self._kernels:
             program = work.strategy.program(tensor.name, tensor.meta, work.plan, work.params.at(tensor.name), work.rng)
-            self._kernels[tensor.name] = program and fused.kernel(program, tensor.dtype, tensor.out)
+            self._kernels[tensor.name] = fused.kernel(program, tensor.dtype, tensor.out) if program else None
         return self._kernels[tensor.name]
 
     def _define(self, rows: Rows, out: Raw) -> None:
@@ -201,8 +200,8 @@ def _require_finite(data: NDArray[np.uint8], span: Span) -> None:
     found = nonfinite(data, span.tensor.out)
     if found:
         raise NonFiniteError(
-            f"tensor {span.tensor.name!a}: {found[0]} merged values, the first at index {span.start + found[1]}, are too large "
-            f"for {span.tensor.out.name}. Lower the weights or lambda, or choose a wider --dtype."
+            f"tensor {span.tensor.name!a}: {found[0]} merged values, the first at index {span.start + found[1]}, are "
+            f"too large for {span.tensor.out.name}. Lower the weights or lambda, or choose a wider --dtype."
         )
 
 

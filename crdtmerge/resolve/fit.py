@@ -102,8 +102,8 @@ def _difference(first: Known, compared: Sequence[Known], names: Sequence[str]) -
             f" {lacks[0]!a} equals {tied!a} there (tied weights): --exclude {lacks[0]} leaves it out." if tied else ""
         )
         return (
-            f"{one.source.label} lacks {len(lacks)} tensors that {holder.source.label} has: {some(lacks)}.{hint} Say what to do "
-            "with --missing base (the base's values stand in), --missing skip (merge those that have it) or --exclude."
+            f"{one.source.label} lacks {len(lacks)} tensors that {holder.source.label} has: {some(lacks)}.{hint} Say what "
+            "to do with --missing base (the base's values stand in), --missing skip (merge those that have it) or --exclude."
         )
     raise AssertionError("some input lacks a name of the union")
 
@@ -127,9 +127,9 @@ def _equal_in_all(name: str, holders: Sequence[Known]) -> Copying:
     for other in holders[1:]:
         _same_shape_and_dtype(name, [first, other], None)
         if other.facts[name].digest != first.facts[name].digest:
+            kind = first.source.entries[name].dtype.name
             raise MismatchError(
-                f"{other.source.where(name)}: tensor {name!a} ({first.source.entries[name].dtype.name}) differs from that "
-                f"of {first.source.where(name)}. Integer and bool tensors are never averaged; make them equal, or "
+                f"{other.source.where(name)}: tensor {name!a} ({kind}) differs from that of {first.source.where(name)}. Integer and bool tensors are never averaged; make them equal, or "
                 "leave it out with --exclude."
             )
     return _copy(name, first)
@@ -164,8 +164,8 @@ def _merged(name: str, gathered: Gathered, recipe: Recipe, base_used: bool) -> M
     present = [(i, source) for i, source in members if source is not None]
     if base_used and base is None:
         raise MismatchError(
-            f"the base lacks tensor {name!a}, which {present[0][1].label} has, and the strategy works on differences from "
-            "the base. Leave it out with --exclude."
+            f"the base lacks tensor {name!a}, which {present[0][1].label} has, and the strategy works on differences "
+            "from the base. Leave it out with --exclude."
         )
     sources = tuple(source for _, source in present)
     entries = [source.entries[name] for source in (*sources, *([base] if base_used and base else []))]

@@ -37,7 +37,7 @@ from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import ROLES, Claim
 from crdtmerge.resolve.blocks import stretch_elements
 from crdtmerge.resolve.engine import Digests, Sink, Work, check_inputs, run
-from crdtmerge.resolve.fit import Copying, Merging, fit
+from crdtmerge.resolve.fit import fit
 from crdtmerge.resolve.gather import Gathered, Known, gather, known, pair_weights, refuse_nonfinite
 from crdtmerge.resolve.receipt import Receipt, TensorRow, inputs_bytes
 from crdtmerge.resolve.sources import Source, open_source
@@ -73,7 +73,7 @@ class Options:
 
 
 class Merge:
-    """A merge that is ready to run: inputs read once, ordered and found to fit. Holds files and threads until closed."""
+    """A merge that is ready to run: inputs read once, ordered, found to fit. Holds files and threads until closed."""
 
     def __init__(
         self, models: Sequence[tuple[Model, Claim]], recipe: Recipe, base: Model | None, options: Options
@@ -139,14 +139,15 @@ class Merge:
 
     def tensors(self) -> list[tuple[str, DType, tuple[int, ...]]]:
         """The output's tensors in the order of their names."""
-        return sorted((t.name, t.out, t.shape) for t in [*self.merging, *self.copying])
+        merged = [(t.name, t.out, t.shape) for t in self.merging]
+        return sorted([*merged, *((t.name, t.out, t.shape) for t in self.copying)], key=lambda tensor: tensor[0])
 
     def layout(self, single_file: str | None) -> Layout:
         """The output's files."""
         return plan_output(self.tensors(), single_file=single_file)
 
     def files(self) -> dict[str, bytes]:
-        """Configuration and tokenizer files for an output folder: the base's, else the first folder's in canonical order."""
+        """Configuration and tokenizer files for a folder: the base's, else the first folder's in canonical order."""
         if self._files is None:
             ordered = [self.base_source] if self.base_source else [one.source for one in self.gathered.contributions]
             folder = next((source.folder for source in ordered if source and source.folder), None)
@@ -281,9 +282,8 @@ def _check(recipe: Recipe, models: Sequence[tuple[Model, Claim]], base: Model | 
     if recipe.missing == "base" and base is None:
         raise NeedsError("--missing base takes what is missing from the base: give it with --base.")
     if not needs.min_k <= len(models) <= (needs.max_k or limits.CONTRIBUTIONS_MAX):
-        raise UsageError(
-            f"strategy '{name}' merges {needs.min_k} to {needs.max_k or limits.CONTRIBUTIONS_MAX} models; {len(models)} given."
-        )
+        most = needs.max_k or limits.CONTRIBUTIONS_MAX
+        raise UsageError(f"strategy '{name}' merges {needs.min_k} to {most} models; {len(models)} given.")
     for position, (_, claim) in enumerate(models, 1):
         if claim.role not in needs.roles:
             raise UsageError(
@@ -372,7 +372,7 @@ class Merged(Mapping[str, "Tensor"]):
         return len(self._memory.tensors)
 
     def save(self, path: str | Path) -> None:
-        """Write a checkpoint folder, or one file if the path ends in .safetensors, with the receipt. Raises OutputError."""
+        """Write a folder, or one file if the path ends in .safetensors, with the receipt. Raises OutputError."""
         path = Path(path)
         folder = is_folder(path)
         receipt = self.receipt if folder else _without_files(self.receipt)

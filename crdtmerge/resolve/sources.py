@@ -36,6 +36,11 @@ class Source(Protocol):
         ...
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes read from files so far."""
+        ...
+
+    @property
     def folder(self) -> Path | None:
         """The checkpoint folder, if it is one."""
         ...

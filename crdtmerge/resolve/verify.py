@@ -41,11 +41,11 @@ class Verdict:
     receipt: Receipt | None = None
 
 
-class _Different(Exception):
+class DifferentError(Exception):
     """The first difference found."""
 
 
-class _Unknown(Exception):
+class UnknownError(Exception):
     """Why there is no telling."""
 
 
@@ -64,9 +64,9 @@ def verify(
         _check_version(receipt)
         paths = _found(receipt, against or _hinted(out), threads)
         _merge_again(out, receipt, paths, Options(threads, device, rehash=True, progress=progress))
-    except _Different as found:
+    except DifferentError as found:
         return Verdict("different", str(found), receipt)
-    except _Unknown as found:
+    except UnknownError as found:
         return Verdict("unknown", str(found), receipt)
     return Verdict("same", "the same bytes came out again", receipt)
 
@@ -81,11 +81,11 @@ def _receipt(out: Path) -> Receipt:
         raise InputError(f"{out}: there is no such output.")
     data = _bounded(path)
     if data is None:
-        raise _Unknown(f"{path} is missing: nothing says what this was merged from")
+        raise UnknownError(f"{path} is missing: nothing says what this was merged from")
     try:
         return Receipt.from_bytes(data, str(path))
     except ReceiptError as fault:
-        raise _Different(str(fault)) from None
+        raise DifferentError(str(fault)) from None
 
 
 def _bounded(path: Path) -> bytes | None:
@@ -101,28 +101,28 @@ def _check_version(receipt: Receipt) -> None:
     recipe = receipt.recipe
     strategy = registry.get(recipe.strategy)
     if strategy.version != recipe.version:
-        raise _Unknown(
+        raise UnknownError(
             f"it was made by version {recipe.version} of {recipe.strategy}; this is version {strategy.version}"
         )
     if not receipt.exact:
-        raise _Unknown("it is of class P: only the build that made it can repeat it")
+        raise UnknownError("it is of class P: only the build that made it can repeat it")
 
 
 def _hinted(out: Path) -> list[Path]:
     path = _beside(out, "inputs.json")
     data = _bounded(path)
     if data is None:
-        raise _Unknown(f"{path} is missing: say with --against where the inputs are")
+        raise UnknownError(f"{path} is missing: say with --against where the inputs are")
     try:
         hints: Mapping[str, Any] = json.loads(data)
         rows = [*hints["contributions"], *([hints["base"]] if hints["base"] else [])]
         return [Path(row["path"]) for row in rows]
     except (ValueError, KeyError, TypeError, RecursionError) as fault:
-        raise _Different(f"{path}: not a list of inputs ({type(fault).__name__}: {fault})") from None
+        raise DifferentError(f"{path}: not a list of inputs ({type(fault).__name__}: {fault})") from None
 
 
 def _found(receipt: Receipt, paths: Sequence[Path], threads: int | None) -> dict[bytes, Path]:
-    """The path of each input's content, hashed anew. Raises _Unknown if one is not there."""
+    """The path of each input's content, hashed anew. Raises UnknownError if one is not there."""
     wanted = {content for content, _ in receipt.contributions} | (
         {receipt.recipe.base} if receipt.recipe.base else set()
     )
@@ -139,7 +139,7 @@ def _found(receipt: Receipt, paths: Sequence[Path], threads: int | None) -> dict
     missing = sorted(wanted - found.keys())
     if missing:
         seen = "; ".join(faults) or f"none of {', '.join(map(str, paths))} holds it any more"
-        raise _Unknown(f"the input {missing[0].hex()[:16]} is missing: {seen}")
+        raise UnknownError(f"the input {missing[0].hex()[:16]} is missing: {seen}")
     return {content: found[content] for content in wanted}
 
 
@@ -152,7 +152,7 @@ def _merge_again(out: Path, receipt: Receipt, paths: Mapping[bytes, Path], optio
         with _comparing(out, layout) as sink:
             again = one.run(sink, folder=is_folder(out))
         if again.to_bytes() != receipt.to_bytes():
-            raise _Different("the receipt is not the one that this merge gives")
+            raise DifferentError("the receipt is not the one that this merge gives")
         if is_folder(out):
             _compare_files(
                 out, {**one.files(), **({"model.safetensors.index.json": layout.index} if layout.index else {})}
@@ -172,11 +172,11 @@ class _Compared:
         self._local = threading.local()
 
     def write(self, name: str, offset: int, data: NDArray[np.uint8]) -> None:
-        """Raise _Different unless the same bytes stand there."""
+        """Raise DifferentError unless the same bytes stand there."""
         file, entry = self._layout.place(name)
         there = os.pread(self._descriptors[file.name], data.nbytes, entry.begin + offset)
         if there != data.tobytes():
-            raise _Different(f"tensor {name!a} in {file.name} differs")
+            raise DifferentError(f"tensor {name!a} in {file.name} differs")
 
 
 @contextmanager
@@ -189,12 +189,12 @@ def _comparing(out: Path, layout: Layout) -> Iterator[_Compared]:
             try:
                 descriptors[file.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as fault:
-                raise _Different(f"{path}: {fault.strerror}") from None
+                raise DifferentError(f"{path}: {fault.strerror}") from None
             size = os.fstat(descriptors[file.name]).st_size
             if size != file.size:
-                raise _Different(f"{path} has {size} bytes; the merge gives {file.size}")
+                raise DifferentError(f"{path} has {size} bytes; the merge gives {file.size}")
             if os.pread(descriptors[file.name], len(file.header), 0) != file.header:
-                raise _Different(f"the header of {path} differs")
+                raise DifferentError(f"the header of {path} differs")
         yield _Compared(layout, descriptors)
     finally:
         for descriptor in descriptors.values():
@@ -205,7 +205,7 @@ def _compare_files(out: Path, files: Mapping[str, bytes]) -> None:
     for name, data in files.items():
         path = out / name
         if not path.is_file() or path.stat().st_size != len(data) or path.read_bytes() != data:
-            raise _Different(f"{path} is not the file that the merge carries over")
+            raise DifferentError(f"{path} is not the file that the merge carries over")
 
 
 def _refuse_extra(out: Path, layout: Layout) -> None:
@@ -213,4 +213,4 @@ def _refuse_extra(out: Path, layout: Layout) -> None:
     ours = {file.name for file in layout.files}
     extra = sorted(path.name for path in out.iterdir() if path.suffix == ".safetensors" and path.name not in ours)
     if extra or (layout.index is None and (out / "model.safetensors.index.json").exists()):
-        raise _Different(f"{out / (extra or ['model.safetensors.index.json'])[0]} does not belong to the merge")
+        raise DifferentError(f"{out / (extra or ['model.safetensors.index.json'])[0]} does not belong to the merge")

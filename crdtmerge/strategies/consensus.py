@@ -85,18 +85,23 @@ class Ties(Strategy[TiesParameters]):
         return Consensus(weights_of(meta), cuts, elect=p.elect, combine=p.combine, scale=nearest(p.lambda_))
 
 
-class DareParameters(WithLambda):
-    """Parameters of dare."""
+class Dropping(WithLambda):
+    """Parameters of strategies that drop elements at random."""
 
     density: Share = Field(Decimal("0.1"), description="probability with which an element is kept (drop = 1 - density)")
     rescale: bool = Field(True, description="divide what is kept by the density, so that its mean is the task vector")
-    combine: Literal["sum", "mean"] = Field("sum", description="task arithmetic, or the weighted mean of task vectors")
 
     @property
     def factor(self) -> float:
         """What kept elements are multiplied by: the float nearest to 1 / density."""
         top, bottom = self.density.as_integer_ratio()
         return bottom / top if self.rescale else 1.0
+
+
+class DareParameters(Dropping):
+    """Parameters of dare."""
+
+    combine: Literal["sum", "mean"] = Field("sum", description="task arithmetic, or the weighted mean of task vectors")
 
 
 class Dare(Strategy[DareParameters]):
@@ -137,15 +142,11 @@ class Dare(Strategy[DareParameters]):
         )
 
 
-class DareTiesParameters(WithLambda):
+class DareTiesParameters(Dropping):
     """Parameters of dare_ties."""
 
-    density: Share = Field(Decimal("0.1"), description="probability with which an element is kept (drop = 1 - density)")
-    rescale: bool = Field(True, description="divide what is kept by the density")
     elect: Literal["sum", "count"] = Field("sum", description="sign of the sum of values, or of the count of signs")
     combine: Literal["mean", "sum", "max"] = Field("mean", description="how values of the elected sign become one")
-
-    factor = DareParameters.factor
 
 
 class DareTies(Strategy[DareTiesParameters]):

@@ -50,7 +50,7 @@ class Filled(Generic[P]):
     def __init__(self, strategy: str, kind: type[P], asked: Mapping[str, Any]) -> None:
         self._strategy, self._kind = strategy, kind
         self._rules: list[tuple[str, str, Any]] = []
-        general = {}
+        general: dict[str, Any] = {}
         for name, value in _density_for_drop(strategy, kind, asked).items():
             default, rules = _split(strategy, name, value)
             self._rules += [(name, pattern, special) for pattern, special in rules]
