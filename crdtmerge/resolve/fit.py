@@ -84,28 +84,22 @@ def _names(compared: Sequence[Known], recipe: Recipe) -> list[str]:
     """The union of all names. Raises MismatchError if they differ and nobody said what to do then."""
     union = sorted(set().union(*(one.source.entries for one in compared)))
     checked = [name for name in union if not any(fnmatch.fnmatchcase(name, glob) for glob in recipe.exclude)]
-    if recipe.missing is None:
-        for one in compared:
-            if any(name not in one.source.entries for name in checked):
-                raise MismatchError(_difference(compared[0], compared, checked))
+    for one in compared if recipe.missing is None else ():
+        lacks = [name for name in checked if name not in one.source.entries]
+        if lacks:
+            holder = next(other for other in compared if lacks[0] in other.source.entries)
+            raise MismatchError(_difference(one, holder, lacks))
     return union
 
 
-def _difference(first: Known, compared: Sequence[Known], names: Sequence[str]) -> str:
-    for one in compared:
-        lacks = [name for name in names if name not in one.source.entries]
-        if not lacks:
-            continue
-        holder = next(other for other in compared if lacks[0] in other.source.entries)
-        tied = _tied(holder, lacks[0])
-        hint = (
-            f" {lacks[0]!a} equals {tied!a} there (tied weights): --exclude {lacks[0]} leaves it out." if tied else ""
-        )
-        return (
-            f"{one.source.label} lacks {len(lacks)} tensors that {holder.source.label} has: {some(lacks)}.{hint} Say what "
-            "to do with --missing base (the base's values stand in), --missing skip (merge those that have it) or --exclude."
-        )
-    raise AssertionError("some input lacks a name of the union")
+def _difference(one: Known, holder: Known, lacks: Sequence[str]) -> str:
+    tied = _tied(holder, lacks[0])
+    hint = f" There {lacks[0]!a} equals {tied!a} (tied weights): --exclude {lacks[0]}." if tied else ""
+    return (
+        f"{one.source.label} lacks {len(lacks)} tensors that {holder.source.label} has: {some(list(lacks))}.{hint} "
+        "Say what to do: --missing base (the base's values stand in), --missing skip (merge those that have it) "
+        "or --exclude GLOB."
+    )
 
 
 def _tied(holder: Known, name: str) -> str | None:
@@ -129,8 +123,8 @@ def _equal_in_all(name: str, holders: Sequence[Known]) -> Copying:
         if other.facts[name].digest != first.facts[name].digest:
             kind = first.source.entries[name].dtype.name
             raise MismatchError(
-                f"{other.source.where(name)}: tensor {name!a} ({kind}) differs from that of {first.source.where(name)}. Integer and bool tensors are never averaged; make them equal, or "
-                "leave it out with --exclude."
+                f"{other.source.where(name)}: tensor {name!a} ({kind}) differs from that of {first.source.where(name)}. "
+                "Integer and bool tensors are never averaged; make them equal, or leave it out with --exclude."
             )
     return _copy(name, first)
 

@@ -102,8 +102,8 @@ def refuse_nonfinite(one: Known, exclude: Sequence[str]) -> None:
             count, first = fact.nonfinite
             raise NonFiniteError(
                 f"{one.source.where(name)}: tensor {name!a} holds {count} values that are NaN or infinite, the first "
-                f"at index {first}. One of them spoils every mean. Repair the model, leave the tensor out with --exclude, "
-                "or use --allow-nonfinite."
+                f"at index {first}. One of them spoils every mean. Repair the model, leave the tensor out with "
+                "--exclude, or use --allow-nonfinite."
             )
 
 
