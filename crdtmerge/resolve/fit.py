@@ -121,9 +121,9 @@ def _equal_in_all(name: str, holders: Sequence[Known]) -> Copying:
     for other in holders[1:]:
         _same_shape_and_dtype(name, [first, other], None)
         if other.facts[name].digest != first.facts[name].digest:
-            kind = first.source.entries[name].dtype.name
+            kind, there = first.source.entries[name].dtype.name, first.source.where(name)
             raise MismatchError(
-                f"{other.source.where(name)}: tensor {name!a} ({kind}) differs from that of {first.source.where(name)}. "
+                f"{other.source.where(name)}: tensor {name!a} ({kind}) differs from that of {there}. "
                 "Integer and bool tensors are never averaged; make them equal, or leave it out with --exclude."
             )
     return _copy(name, first)

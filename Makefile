@@ -1,0 +1,41 @@
+# Everything a fresh machine needs: each target makes the environment it runs in.
+#
+#   make demo     train, merge and verify small networks on real images, in under a minute
+#   make test     lint, types and the test suite: what continuous integration runs
+#   make bench    ratios to mergekit, crdt-merge, plain torch and the machine's floor (long; see benchmarks/)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --editable
+
+.PHONY: demo test check bench answers clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/crdtmerge demo
+
+test: check
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/test.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/test.installed
+	benchmarks/peers.sh || echo "some peers are not available; the table says which"
+	$(BIN)/python -m benchmarks.merge --size big
+	$(BIN)/python -m benchmarks.merge --size big --memory
+
+answers: $(VENV)/test.installed
+	$(BIN)/python -m tests.numerics.definitions
+
+$(VENV)/%.installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) '.[$*]'
+	touch $@
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV)
+
+clean:
+	rm -rf $(VENV) .bench .peers

@@ -1,0 +1,1 @@
+"""What others use to test with: small real networks on real data."""
