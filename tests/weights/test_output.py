@@ -20,6 +20,7 @@ from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.writer import Output, plan_output
 
 OLD, NEW = random_tensors(1), random_tensors(2)
+NEW_RECEIPT = RECEIPT.replace(b"}", b', "new": true}')
 KINDS = pytest.mark.parametrize("folder", [True, False], ids=["folder", "file"])
 
 
@@ -34,7 +35,7 @@ def start(path: Path, *, folder: bool, shard_bytes: int = 200) -> Output:
     for name, (_, _, data) in NEW.items():
         output.write(name, 0, data[:5])
         output.write(name, min(5, len(data)), data[5:])
-    output.add("receipt.json" if folder else f"{path.name}.receipt.json", RECEIPT)
+    output.add("receipt.json" if folder else f"{path.name}.receipt.json", NEW_RECEIPT)
     return output
 
 
@@ -253,14 +254,32 @@ def test_after_a_crash_at_any_step_no_receipt_speaks_of_other_weights(
     with contextlib.suppress(Crash):
         output.commit()
     monkeypatch.undo()
-    receipt = path / "receipt.json" if folder else path.with_name(f"{path.name}.receipt.json")
     if folder:
         assert any(held(at) in (data_of(OLD), data_of(NEW)) for at in tmp_path.iterdir())
         assert not path.exists() or held(path) in (data_of(OLD), data_of(NEW))
     else:
-        assert held(path) == data_of(OLD) or held(path) == data_of(NEW)
-        assert held(path) == data_of(NEW) or not receipt.exists() or step == 0
+        receipt = path.with_name(f"{path.name}.receipt.json")
+        weights = held(path)
+        assert weights in (data_of(OLD), data_of(NEW))
+        assert not receipt.exists() or receipt.read_bytes() == (RECEIPT if weights == data_of(OLD) else NEW_RECEIPT)
     output.abort()
+
+
+def test_an_error_between_the_renames_puts_the_earlier_output_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = save(tmp_path / "merged", OLD, folder=True)
+    before, rename = tree(tmp_path), os.rename
+
+    def second_fails(one: Path, other: Path) -> None:
+        if Path(other) == path and not Path(one).name.endswith("-old"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        rename(one, other)
+
+    monkeypatch.setattr(os, "rename", second_fails)
+    with start(path, folder=True) as output, pytest.raises(OutputError, match="cannot be written: Input/output error"):
+        output.commit()
+    assert tree(tmp_path) == before
 
 
 CHILD = """
