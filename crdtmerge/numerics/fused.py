@@ -115,16 +115,18 @@ def _gram(xs: Raw, base: Raw | None, dtype: DType) -> NDArray[np.float64]:
     return out
 
 
-def count(x: Raw, base: Raw, search: Search, dtype: DType, wide: bool) -> NDArray[np.int64] | None:
-    """``selection.count`` of |x - base|, as float64 patterns if ``wide``; None if the kernel is not proven."""
-    return _count(x, base, search, dtype, wide) if proven("count", dtype.name, "") else None
+def count(x: Raw, base: Raw, search: Search, dtype: DType, wide: bool, counts: NDArray[np.int64]) -> bool:
+    """Add ``selection.count`` of |x - base|, as float64 patterns if ``wide``; False if the kernel is not proven."""
+    if not proven("count", dtype.name, ""):
+        return False
+    _count(x, base, search, dtype, wide, counts)
+    return True
 
 
-def _count(x: Raw, base: Raw, search: Search, dtype: DType, wide: bool) -> NDArray[np.int64]:
+def _count(x: Raw, base: Raw, search: Search, dtype: DType, wide: bool, counts: NDArray[np.int64]) -> None:
     module = _loaded()
-    counts = np.zeros(search.steps + 1, np.int64)
+    wide = wide or dtype.itemsize > 2
     module.count(x, base, search.lo, search.hi, search.shift, counts, module.KINDS[dtype.name], wide)
-    return counts
 
 
 def collect(
@@ -173,5 +175,8 @@ def answer(kind: str, dtype: str, out: str) -> str:
     elif kind == "gram":
         results = [_gram(xs, None, DTYPES[dtype]), _gram(xs, base, DTYPES[dtype])]
     else:
-        results = [_count(xs[0], base, search, DTYPES[dtype], wide) for search, wide in tried.searches]
+        for search, wide in tried.searches:
+            counts = np.zeros(search.steps + 1, np.int64)
+            _count(xs[0], base, search, DTYPES[dtype], wide, counts)
+            results.append(counts)
     return hashlib.sha256(b"".join(result.tobytes() for result in results)).hexdigest()[:16]

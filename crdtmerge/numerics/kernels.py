@@ -206,10 +206,10 @@ def _philox_words(first, stream, out):
         x0, x1 = counter & mask, counter >> s32
         x2, x3 = np.uint64(stream[2]), np.uint64(stream[3])
         k0, k1 = np.uint64(stream[0]), np.uint64(stream[1])
-        for _ in range(10):
-            p0, p1 = x0 * m0, x2 * m1
-            x0, x1 = (p1 >> s32) ^ x1 ^ k0, p1 & mask
-            x2, x3 = (p0 >> s32) ^ x3 ^ k1, p0 & mask
+        for _ in range(10):  # the upper halves of x are left dirty: only the lower ones are multiplied and stored
+            p0, p1 = (x0 & mask) * m0, (x2 & mask) * m1
+            x0, x1 = (p1 >> s32) ^ x1 ^ k0, p1
+            x2, x3 = (p0 >> s32) ^ x3 ^ k1, p0
             k0, k1 = (k0 + w0) & mask, (k1 + w1) & mask
         out[4 * q], out[4 * q + 1] = np.uint32(x0), np.uint32(x1)
         out[4 * q + 2], out[4 * q + 3] = np.uint32(x2), np.uint32(x3)
@@ -248,10 +248,12 @@ def consensus(xs, base, out, start, weights, cuts, streams, keep_below, rescale,
                     tau[j] = tau[j] if kept else zero
             if streams.shape[0] > 0:
                 _philox_words((start + t) // 4, streams[i], words[: (m + 3) // 4 * 4])
+                limit = np.uint32(keep_below - np.uint64(1))
                 for j in range(m):
-                    tau[j] = tau[j] * rescale if np.uint64(words[j]) < keep_below else zero
-            for j in range(m):
-                tau[j] = tau[j] * w
+                    tau[j] = tau[j] * rescale if words[j] <= limit else zero
+            if w != one:
+                for j in range(m):
+                    tau[j] = tau[j] * w
             if elect == 1:
                 if i == 0:
                     for j in range(m):
@@ -268,27 +270,35 @@ def consensus(xs, base, out, start, weights, cuts, streams, keep_below, rescale,
 
 
 @compiled
-def _combine(taus, weights, total, mass, b, y, m, elect, combine, scale, zero, one, kout):
-    """Elect and combine one tile of task vectors; ``total`` holds the votes and becomes the merged task vector."""
-    k = taus.shape[0]
-    if elect != 0:
-        for j in range(m):
-            total[j] = one if total[j] >= zero else -one
-        for i in range(k):
-            tau, w = taus[i], weights[i]
+def _agree(taus, weights, total, mass, m, combine, zero):
+    """Sum (or take the largest of) what has the sign in ``mass`` into ``total``; ``mass`` becomes the sum of weights."""
+    votes = mass.copy()
+    for i in range(taus.shape[0]):
+        tau, w = taus[i], weights[i]
+        if i == 0:
             for j in range(m):
-                agrees = tau[j] * total[j] > zero
-                tau[j] = tau[j] if agrees else zero
+                agrees = tau[j] * votes[j] > zero
+                total[j] = tau[j] if agrees else zero
+                mass[j] = w if agrees else zero
+        elif combine == 2:
+            for j in range(m):
+                own, best = abs(tau[j]), abs(total[j])
+                better = (tau[j] * votes[j] > zero) & ((own > best) | ((own == best) & (tau[j] > total[j])))
+                total[j] = tau[j] if better else total[j]
+        else:
+            for j in range(m):
+                agrees = tau[j] * votes[j] > zero
+                total[j] = total[j] + (tau[j] if agrees else zero)
                 mass[j] = mass[j] + (w if agrees else zero)
-    else:
-        for i in range(k):
-            w = weights[i]
-            for j in range(m):
-                mass[j] = mass[j] + w
+
+
+@compiled
+def _fold(taus, total, m, combine):
+    """Sum, or the largest, of all task vectors into ``total``."""
     first = taus[0]
     for j in range(m):
         total[j] = first[j]
-    for i in range(1, k):
+    for i in range(1, taus.shape[0]):
         tau = taus[i]
         if combine == 2:
             for j in range(m):
@@ -298,6 +308,22 @@ def _combine(taus, weights, total, mass, b, y, m, elect, combine, scale, zero, o
         else:
             for j in range(m):
                 total[j] = total[j] + tau[j]
+
+
+@compiled
+def _combine(taus, weights, total, mass, b, y, m, elect, combine, scale, zero, one, kout):
+    """Elect and combine one tile of task vectors; ``total`` holds the votes and becomes the merged task vector."""
+    if elect != 0:
+        for j in range(m):
+            mass[j] = one if total[j] >= zero else -one
+        _agree(taus, weights, total, mass, m, combine, zero)
+    else:
+        _fold(taus, total, m, combine)
+        whole = zero
+        for i in range(taus.shape[0]):
+            whole = whole + weights[i]
+        for j in range(m):
+            mass[j] = whole
     if combine == 1:
         for j in range(m):
             total[j] = total[j] / (one if mass[j] == zero else mass[j])
@@ -359,28 +385,71 @@ def _pattern(x, base, kin, wide):
     return magnitude(np.float64(tau)) if wide else magnitude(tau)
 
 
+GROUP = 16
+
+
 @compiled
-def count(x, base, lo, hi, shift, counts, kin, wide):
-    """Add to ``counts`` the patterns of |x - base| in each step of [lo, hi), and in the last slot those above."""
+def _tally(above_lo, width, shift, counts):
+    """Count one tile of unsigned distances from the low end of a range; most groups of 16 hold none inside it."""
+    for g in range(0, above_lo.shape[0], GROUP):
+        own = above_lo[g : g + GROUP]
+        inside = np.uint32(0)
+        for j in range(GROUP):
+            inside = np.uint32(inside | np.uint32(own[j] < width))
+        if inside:
+            for j in range(GROUP):
+                if own[j] < width:
+                    counts[own[j] >> shift] += 1
+
+
+@compiled
+def _count32(x, base, lo, hi, shift, counts, kin):
     n = x.shape[0]
-    patterns = np.empty(TILE, np.int64)
-    width = np.uint64(hi - lo)
+    from_lo = np.empty(TILE, np.uint32)
+    low, high, width, step = np.int32(lo), np.int32(hi), np.uint32(hi - lo), np.uint32(shift)
     above = 0
     for t in range(0, n, TILE):
         m = min(TILE, n - t)
         own, o = x[t : t + m], base[t : t + m]
-        if wide:
-            for j in range(m):
-                patterns[j] = _pattern(own[j], o[j], kin, True) - lo
-        else:
-            for j in range(m):
-                patterns[j] = _pattern(own[j], o[j], kin, False) - lo
+        over = np.int32(0)
         for j in range(m):
-            above += patterns[j] >= hi - lo
+            tau = np.float32(widen(own[j], kin) - widen(o[j], kin))
+            pattern = np.int32(_u32(tau) & np.uint32(0x7FFFFFFF))
+            from_lo[j] = np.uint32(pattern - low)
+            over = np.int32(over + np.int32(pattern >= high))
+        for j in range(m, TILE):
+            from_lo[j] = width
+        above += over
+        _tally(from_lo, width, step, counts)
+    return above
+
+
+@compiled
+def _count64(x, base, lo, hi, shift, counts, kin):
+    n = x.shape[0]
+    from_lo = np.empty(TILE, np.uint64)
+    width, step = np.uint64(hi - lo), np.uint64(shift)
+    above = 0
+    for t in range(0, n, TILE):
+        m = min(TILE, n - t)
+        own, o = x[t : t + m], base[t : t + m]
         for j in range(m):
-            if np.uint64(patterns[j]) < width:
-                counts[patterns[j] >> shift] += 1
-    counts[counts.shape[0] - 1] += above
+            pattern = _pattern(own[j], o[j], kin, True)
+            from_lo[j] = np.uint64(pattern - lo)
+            above += pattern >= hi
+        for j in range(m, TILE):
+            from_lo[j] = width
+        _tally(from_lo, width, step, counts)
+    return above
+
+
+@compiled
+def count(x, base, lo, hi, shift, counts, kin, wide):
+    """Add to ``counts`` the patterns of |x - base| in each step of [lo, hi), and in the last slot those above."""
+    if wide:
+        counts[counts.shape[0] - 1] += _count64(x, base, lo, hi, shift, counts, kin)
+    else:
+        counts[counts.shape[0] - 1] += _count32(x, base, lo, hi, shift, counts, kin)
 
 
 @compiled

@@ -167,12 +167,9 @@ def largest(x: Tensor, bits: int, last_index: int, start: int) -> Tensor:
     return (own > bits) | ((own == bits) & (index <= last_index))
 
 
-def guess(sample: NDArray[np.int64], fraction: float, margin: float = 0.02) -> tuple[int, int]:
+def guess(sample: NDArray[np.int64], fraction: float, margin: float = 0.008) -> tuple[int, int]:
     """A likely range of patterns for the element above which a fraction of all lies, from a sample of patterns."""
-    ordered = np.sort(sample)
-    rank = len(ordered) * (1.0 - fraction)
-    low, high = int(rank - margin * len(ordered)) - 1, int(rank + margin * len(ordered)) + 1
-    return (
-        int(ordered[low]) if low >= 0 else 0,
-        int(ordered[high]) + 1 if high < len(ordered) else 1 << 63,
-    )
+    n = len(sample)
+    low, high = (int(n * (1.0 - fraction + side)) for side in (-margin, margin))
+    ordered = np.partition(sample, [max(low, 0), min(high, n - 1)])
+    return int(ordered[low]) if low >= 0 else 0, int(ordered[high]) + 1 if high < n else 1 << 63

@@ -25,7 +25,9 @@ Found = tuple[Counts, Counts]
 PASS_STRETCHES = 16
 """Stretches of one piece of work in a pass that counts: its result is one histogram."""
 
-SAMPLE_SPANS, SAMPLE_ELEMENTS = 64, 4096
+SAMPLE_ELEMENTS = 1 << 15
+SAMPLE_SPANS = 16, 256
+"""Elements of a sample, and the least and most spans they are read in: a few for each tensor of the group."""
 
 
 class TensorView:
@@ -172,19 +174,19 @@ class TensorView:
         return span, looked
 
     def _counted(self, group: _Group, span: Span, searches: Mapping[int, Search]) -> dict[int, Counts]:
-        counts: dict[int, Counts] = {}
+        counts = {member: np.zeros(search.steps + 1, np.int64) for member, search in searches.items()}
         for stretch in within(span, self._stretch):
             rows = self._reader.read(stretch)
             for member, search in searches.items():
-                part = self._count(group, rows, span.tensor.members.index(member), search)
-                counts[member] = counts[member] + part if member in counts else part
+                self._count(group, rows, span.tensor.members.index(member), search, counts[member])
         return counts
 
-    def _count(self, group: _Group, rows: Rows, i: int, search: Search) -> Counts:
-        dtype, part = rows.span.tensor.dtype, None
+    def _count(self, group: _Group, rows: Rows, i: int, search: Search, counts: Counts) -> None:
+        dtype = rows.span.tensor.dtype
         if self._use_kernels and dtype and rows.base is not None:
-            part = fused.count(rows.xs[i], rows.base, search, dtype, group.wide)
-        return selection.count(self._tau(group, rows, i), search) if part is None else part
+            if fused.count(rows.xs[i], rows.base, search, dtype, group.wide, counts):
+                return
+        counts += selection.count(self._tau(group, rows, i), search)
 
     def _collected(self, group: _Group, span: Span, searches: Mapping[int, Search]) -> dict[int, Found]:
         """Patterns within each search's range, and their flat indices."""
@@ -258,11 +260,12 @@ class _Group:
     def sample(self) -> Iterator[Span]:
         """Short spans, evenly over all elements of the group."""
         ends = np.cumsum([tensor.elements for tensor in self.tensors])
-        for at in np.linspace(0, int(ends[-1]), SAMPLE_SPANS, endpoint=False).astype(np.int64):
+        count = int(np.clip(4 * len(self.tensors), *SAMPLE_SPANS))
+        for at in np.linspace(0, int(ends[-1]), count, endpoint=False).astype(np.int64):
             t = int(np.searchsorted(ends, at, side="right"))
             tensor = self.tensors[t]
             start = int(at) - int(ends[t]) + tensor.elements
-            yield Span(tensor, start, min(start + SAMPLE_ELEMENTS, tensor.elements))
+            yield Span(tensor, start, min(start + SAMPLE_ELEMENTS // count, tensor.elements))
 
     def cut_of(self, search: Search, parts: list[tuple[Span, Found]]) -> Cut | Search:
         """The cut among collected elements; the next search if the range was a wrong guess."""

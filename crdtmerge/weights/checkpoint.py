@@ -9,6 +9,7 @@ RULES
 
 from __future__ import annotations
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -46,7 +47,7 @@ class Checkpoint:
         """Open and check a file or folder. Raises CheckpointError, HeaderError or InputError."""
         path = Path(path)
         with ExitStack() as opened:
-            if path.is_dir():
+            if os.path.isdir(path):  # noqa: PTH112 (never raises)
                 files, notes = _open_folder(path, opened)
                 checkpoint = cls(path, path, files, notes)
             else:

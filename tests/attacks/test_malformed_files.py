@@ -260,8 +260,7 @@ def test_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("name", ["missing.safetensors", "a\0b.safetensors", "x" * 300])
 def test_a_path_that_cannot_be_opened_is_our_error(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be opened"):
-        TensorFile.open(tmp_path / name)
+    assert "cannot be opened" in repr(refusal(tmp_path / name))
 
 
 def test_a_sparse_file_of_a_terabyte_costs_nothing_to_refuse(tmp_path: Path) -> None:

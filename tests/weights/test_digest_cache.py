@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from small_checkpoints import random_tensors, save
 
+from crdtmerge.errors import ChangedError
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.weights import cache as cache_module
 from crdtmerge.weights.cache import DigestCache, default_folder
@@ -94,6 +95,26 @@ def test_a_damaged_entry_is_dropped_and_the_file_read(damage: bytes | None, cach
     entry.write_bytes(data if damage is None else damage)
     assert run(path, cache) == (first, read)
     assert run(path, cache) == (first, 0)
+
+
+def test_a_file_that_changes_under_pass_1_is_an_error_and_not_remembered(cache: DigestCache, tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", TENSORS)
+    with (
+        Checkpoint.open(path) as checkpoint,
+        Workers(1) as workers,
+        pytest.raises(ChangedError, match="modification time was"),
+    ):
+        digest_checkpoint(checkpoint, workers, cache, lambda count: os.utime(path, ns=(1, 1)))
+    assert entries(cache) == []
+
+
+def test_a_remembered_file_that_changes_after_it_was_opened_is_an_error(cache: DigestCache, tmp_path: Path) -> None:
+    path = save(tmp_path / "m.safetensors", TENSORS)
+    run(path, cache)
+    with Checkpoint.open(path) as checkpoint, Workers(1) as workers:
+        os.utime(path, ns=(1, 1))
+        with pytest.raises(ChangedError, match="modification time was"):
+            digest_checkpoint(checkpoint, workers, cache)
 
 
 def test_facts_of_other_tensors_are_not_believed(cache: DigestCache, tmp_path: Path) -> None:

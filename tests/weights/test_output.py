@@ -237,6 +237,7 @@ def test_after_a_crash_at_any_step_no_receipt_speaks_of_other_weights(
 ) -> None:
     path = save(place(tmp_path, folder), OLD, folder=folder)
     output = start(path, folder=folder)
+    output.add("inputs.json" if folder else f"{path.name}.inputs.json", b"new")
     steps = iter(range(8))
 
     def crashing(name: str) -> None:
@@ -262,6 +263,8 @@ def test_after_a_crash_at_any_step_no_receipt_speaks_of_other_weights(
         weights = held(path)
         assert weights in (data_of(OLD), data_of(NEW))
         assert not receipt.exists() or receipt.read_bytes() == (RECEIPT if weights == data_of(OLD) else NEW_RECEIPT)
+        complete = path.with_name(f"{path.name}.inputs.json").exists()
+        assert complete or not receipt.exists() or receipt.read_bytes() == RECEIPT
     output.abort()
 
 

@@ -1,0 +1,15 @@
+"""Every test has a digest cache of its own, and no setting of the user's reaches it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache: Path = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("CRDTMERGE_CACHE", str(cache))
+    for name in ("CRDTMERGE_KERNELS", "CRDTMERGE_BLOCK", "ATEN_CPU_CAPABILITY"):
+        monkeypatch.delenv(name, raising=False)

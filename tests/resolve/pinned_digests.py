@@ -1,0 +1,55 @@
+"""What the merges of ``matrix_driver`` give on every machine: digests of the output and of the receipt.
+
+A change in the first column is a change of output bits: raise the version of the strategy, tell it in the change notes, and
+only then print this table anew with ``python -m tests.resolve.matrix_driver FOLDER pins``.
+"""
+
+from __future__ import annotations
+
+PINNED = {
+    "weight_average BF16": "267ba3948eb283ae 800909b75a0dbcf6",
+    "linear BF16": "2cad0f52861cd1ee ef096aae584a363c",
+    "slerp BF16": "22e202ded7a0d17c 1f76dea8ad385174",
+    "task_arithmetic BF16": "7aa6c70520623ec4 75175457565b3cf4",
+    "ties model BF16": "40cfe217801a9051 2ee681e2253dc9d2",
+    "ties tensor BF16": "326a65c8d7f690cc 1379c82cfe04e7d3",
+    "dare BF16": "8e8679101ab70047 ff326681dd7f69ff",
+    "dare_ties BF16": "7d5a379d1e35083c 1a17edc0e8ff5d71",
+    "magmax BF16": "b50b8f53b3899b2d 6b168fafd907a7cc",
+    "weight_average BF16 long": "f8b0b0397083a0cc 3db71a1d2922112c",
+    "linear BF16 long": "ee78dfdc7a570dbd 2460c20de18ea1ea",
+    "slerp BF16 long": "ae275596da4a1f9b bd5af93b1ba5f415",
+    "task_arithmetic BF16 long": "ede347d7bc73bd04 7907d5599941b104",
+    "ties model BF16 long": "2f7b546b1e78bc32 2f8cd6cdcf57ccfb",
+    "ties tensor BF16 long": "aab7e64f7d464c57 63b1e130b28084e9",
+    "dare BF16 long": "4185a81b63de9a77 ec28ed97a5080b33",
+    "dare_ties BF16 long": "7561f341b22c32a3 92f47e1787485b20",
+    "magmax BF16 long": "a758755012bba3c9 bf318aff99619075",
+    "weight_average F16": "b05d13b99167dc5e b09649fa0c228a49",
+    "linear F16": "628c62821ff64492 725e62a44b79d2c3",
+    "slerp F16": "e30bb80bdc5a1076 0aaa3f0f0fd7f50c",
+    "task_arithmetic F16": "a0e2522f6943383a 26404699763d36e9",
+    "ties model F16": "ef801d90fac2bc8d 7d757bfece340559",
+    "ties tensor F16": "ecffae9b64d991a1 c873bc7b569ae7cd",
+    "dare F16": "2b03d28bb5f02b91 f31d0bbf57ab8975",
+    "dare_ties F16": "9ab73bfa973e70f1 11535ce290213438",
+    "magmax F16": "1f3c854c16d2a0c0 1a72e5756dbe433a",
+    "weight_average F32": "5711a1d23b3d39ba fbfde2477f8bcb90",
+    "linear F32": "610f84f6090f7671 dffe0e61dc68a921",
+    "slerp F32": "6bcb6abdd9746f14 e4e6049cc5d2d863",
+    "task_arithmetic F32": "75d0b145911d3887 d9990160dfa00126",
+    "ties model F32": "0bd8450b504eaa3e f9ee463645a54bbf",
+    "ties tensor F32": "c2b5130cf382bdc2 e84347b05eedf6d3",
+    "dare F32": "fb167be9c04d3fde b10b57d56d5ff63a",
+    "dare_ties F32": "e611fca84ab93eba a7a6bb00df997f3c",
+    "magmax F32": "aa50fbc3891b7295 f4af9bd01f0b8b25",
+    "weight_average F64": "7ca41cede93a5113 d0fa2f1c4c4ffbc4",
+    "linear F64": "36212334dad3bfa6 535841054efbb218",
+    "slerp F64": "24090f317450a31f f2761eb40763f6fb",
+    "task_arithmetic F64": "96eecc4cff124919 a19bc6414e35bd34",
+    "ties model F64": "290b52b882637140 2af08ae867cf6805",
+    "ties tensor F64": "ce10d126ceacad98 43fbebece0d250ed",
+    "dare F64": "9fc7921860826986 20584951feafa6fb",
+    "dare_ties F64": "c3cf0debd0a09a2b 1abc6a2a9b9e8ac7",
+    "magmax F64": "e097e99cac4bf917 3923ebbc42306fa6",
+}

@@ -1,0 +1,208 @@
+"""Small models, and ways to merge them that lead past the set: a model may come twice, in any order, in any cut.
+
+``merged`` runs a strategy's plan and the engine on state dicts in the order given; ``applied`` calls its plan and its
+``apply`` on units cut anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crdtmerge.numerics.dtypes import DTYPES, DType
+from crdtmerge.numerics.reduction import BLOCK
+from crdtmerge.numerics.rounding import round_to
+from crdtmerge.numerics.workers import Workers
+from crdtmerge.resolve.blocks import compute_dtype
+from crdtmerge.resolve.engine import Work, run
+from crdtmerge.resolve.fit import Merging
+from crdtmerge.resolve.merge import Memory
+from crdtmerge.resolve.sources import MemorySource
+from crdtmerge.resolve.view import TensorView
+from crdtmerge.strategies import registry
+from crdtmerge.strategies.parameters import Filled
+from crdtmerge.strategies.protocol import EMPTY, Meta, Needs, Plan, Rng, Strategy, Unit
+from tests.numerics.examples import STORED, same, stored
+
+Model = Mapping[str, torch.Tensor]
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "scalar": (),
+    "empty": (0, 3),
+    "one": (1,),
+    "bias": (37,),
+    "weight": (11, 13),
+}
+"""What a small model holds: no dimension, no element, one element, one dimension, two."""
+
+SEED = b"a seed of thirty-two bytes, say."
+
+
+def identity(number: int) -> bytes:
+    """An id for the model at a position."""
+    return hashlib.sha256(f"model {number}".encode()).digest()
+
+
+def model(
+    number: int,
+    dtype: str = "F32",
+    *,
+    shapes: Mapping[str, tuple[int, ...]] = SHAPES,
+    around: Model | None = None,
+    scale: float = 1.0,
+) -> dict[str, torch.Tensor]:
+    """A model of normal numbers; ``around`` another one, if given."""
+    rng = np.random.default_rng(number)
+    made = {}
+    for name, shape in sorted(shapes.items()):
+        x = rng.standard_normal(int(np.prod(shape, dtype=np.int64))) * scale
+        if around is not None:
+            x = x + around[name].double().reshape(-1).numpy()
+        made[name] = stored(x, dtype).reshape(shape)
+    return made
+
+
+def family(k: int, dtype: str = "F32", *, number: int = 100, **how: Any) -> tuple[list[Model], Model]:
+    """k models fine-tuned from a base, and the base."""
+    base = model(number, dtype, **how)
+    return [model(number + 1 + i, dtype, around=base, **(how | {"scale": 0.25})) for i in range(k)], base
+
+
+def constant(like: Model, value: float = 0.0) -> dict[str, torch.Tensor]:
+    """A model of one number."""
+    return {name: torch.full_like(x, value) for name, x in like.items()}
+
+
+def name_of(x: torch.Tensor) -> str:
+    """The safetensors name of a tensor's dtype."""
+    return next(name for name, dtype in STORED.items() if dtype == x.dtype)
+
+
+def metas(weights: Sequence[object], ids: Sequence[bytes] | None = None) -> tuple[Meta, ...]:
+    """What is said of models, by position."""
+    named = ids or [identity(i) for i in range(len(weights))]
+    return tuple(Meta(one, Decimal(str(w))) for one, w in zip(named, weights, strict=True))
+
+
+def tensors(
+    models: Sequence[Model], base: Model | None, meta: tuple[Meta, ...], out: str | None = None
+) -> list[Merging]:
+    """The tensors of models, ready to be merged in the order given. A model may lack some."""
+    sources = [MemorySource(one, f"model {i}") for i, one in enumerate(models)]
+    origin = MemorySource(base, "base") if base is not None else None
+    found = []
+    for name in sorted(set().union(*models)):
+        members = tuple(i for i, one in enumerate(models) if name in one)
+        first = sources[members[0]].entries[name]
+        entries = [sources[i].entries[name] for i in members] + ([origin.entries[name]] if origin else [])
+        dtypes = tuple(entry.dtype for entry in entries)
+        result = DTYPES[out] if out else first.dtype
+        xs, said = tuple(sources[i] for i in members), tuple(meta[i] for i in members)
+        found.append(Merging(name, first.shape, first.elements, xs, members, said, origin, dtypes, result))
+    return found
+
+
+@contextmanager
+def viewed(
+    merging: Sequence[Merging],
+    *,
+    compute: str = "storage",
+    stretch: int = BLOCK,
+    use_kernels: bool = False,
+    threads: int = 1,
+) -> Iterator[TensorView]:
+    """The view that a plan sees of tensors."""
+    with Workers(threads) as workers:
+        yield TensorView(merging, workers, stretch=stretch, use_kernels=use_kernels, compute=compute)
+
+
+class Prepared:
+    """A strategy with its parameters and the tensors it is to merge, and its plan."""
+
+    def __init__(
+        self,
+        strategy: str | Strategy[Any],
+        models: Sequence[Model],
+        base: Model | None = None,
+        *,
+        weights: Sequence[object] | None = None,
+        ids: Sequence[bytes] | None = None,
+        seed: bytes = SEED,
+        out: str | None = None,
+        stretch: int = BLOCK,
+        use_kernels: bool = False,
+        threads: int = 1,
+        **params: Any,
+    ) -> None:
+        self.strategy = registry.get(strategy) if isinstance(strategy, str) else strategy
+        self.params: Filled[Any] = Filled(self.strategy.name, self.strategy.Params, params)
+        self.needs: Needs = self.strategy.needs(self.params.general)
+        assert base is not None or self.needs.base != "required", "this strategy needs a base"
+        meta = metas(weights or [1] * len(models), ids)
+        self.tensors = tensors(models, None if self.needs.base == "unused" else base, meta, out)
+        self.rng = Rng(seed)
+        self.stretch, self.use_kernels, self.threads = stretch, use_kernels, threads
+        self.plan: Plan = EMPTY
+        with viewed(
+            self.tensors, compute=self.needs.compute, stretch=stretch, use_kernels=use_kernels, threads=threads
+        ) as view:
+            self.plan = self.strategy.plan(view, self.params.at, self.rng)
+
+    def run(self, *, use_kernels: bool | None = None) -> dict[str, torch.Tensor]:
+        """The merged model, by the engine."""
+        kernels = self.use_kernels if use_kernels is None else use_kernels
+        work = Work(self.strategy, self.needs, self.params, self.plan, self.rng, kernels)
+        memory = Memory([(t.name, t.out, t.shape) for t in self.tensors])
+        with Workers(self.threads) as workers:
+            run(work, self.tensors, [], memory, workers, stretch=self.stretch)
+        return {
+            name: torch.from_numpy(data).view(STORED[dtype.name]).reshape(shape)
+            for name, (dtype, shape, data) in memory.tensors.items()
+        }
+
+    def unit(self, tensor: Merging, start: int, stop: int) -> Unit:
+        """Any stretch of a tensor, widened by torch itself."""
+        compute: DType = compute_dtype(tensor, self.needs.compute)
+        read = [_flat(source, tensor)[start:stop].to(STORED[compute.name]) for source in tensor.sources]
+        base = _flat(tensor.base, tensor)[start:stop].to(STORED[compute.name]) if tensor.base else None
+        return Unit(tensor.name, start, stop, tensor.shape, base, tuple(read), tensor.meta)
+
+    def applied(self, ends: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+        """The merged model by ``apply`` on units that end where it is said (each tensor as a whole by default)."""
+        found = {}
+        for tensor in self.tensors:
+            inside = sorted({end for end in ends or () if 0 < end < tensor.elements})
+            edges = [0, *inside, tensor.elements]
+            parts = []
+            for start, stop in zip(edges, edges[1:], strict=False):
+                part = self.strategy.apply(
+                    self.unit(tensor, start, stop), self.plan, self.params.at(tensor.name), self.rng
+                )
+                assert part.shape == (stop - start,)
+                parts.append(round_to(part, tensor.out))
+            found[tensor.name] = torch.cat(parts).reshape(tensor.shape)
+        return found
+
+
+def _flat(source: Any, tensor: Merging) -> torch.Tensor:
+    entry = source.entries[tensor.name]
+    data: NDArray[np.uint8] = np.empty(entry.nbytes, np.uint8)
+    source.read_into(tensor.name, 0, data)
+    return torch.from_numpy(data).view(STORED[entry.dtype.name])
+
+
+def merged(strategy: str | Strategy[Any], models: Sequence[Model], base: Model | None = None, **how: Any) -> Model:
+    """The models merged in the order given."""
+    return Prepared(strategy, models, base, **how).run()
+
+
+def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two models have the same names, dtypes, shapes and bytes."""
+    return set(one) == set(other) and all(same(one[name], other[name]) for name in one)
