@@ -24,7 +24,7 @@ from crdtmerge.weights.header import Entry
 from crdtmerge.weights.index import Index, shards_among
 from crdtmerge.weights.layout import INDEX_NAME, SINGLE_NAME
 from crdtmerge.weights.links import lead
-from crdtmerge.weights.quantised import refuse_quantised_config, refuse_quantised_tensor
+from crdtmerge.weights.unmergeable import refuse_config, refuse_tensor
 from crdtmerge.weights.tensorfile import TensorFile, bytes_of, refuse_format
 
 
@@ -100,7 +100,7 @@ def _open_folder(folder: Path, opened: ExitStack) -> tuple[tuple[TensorFile, ...
     names = names_in(folder)
     if "config.json" in names:
         data = read_small(folder, "config.json", limits.CARRIED_FILES_BYTES_MAX)
-        refuse_quantised_config(read_config(data, str(folder / "config.json")), str(folder / "config.json"))
+        refuse_config(read_config(data, str(folder / "config.json")), str(folder / "config.json"))
     if INDEX_NAME in names:
         return _open_shards(folder, names, opened)
     name = _only_file(folder, names)
@@ -157,4 +157,4 @@ def _check_tensors(checkpoint: Checkpoint) -> None:
     if not 0 < count <= limits.TENSORS_MAX:
         raise CheckpointError(f"{checkpoint.path}: holds {count} tensors; wanted 1 to {limits.TENSORS_MAX}.")
     for name, entry in checkpoint.entries.items():
-        refuse_quantised_tensor(entry, checkpoint.where(name))
+        refuse_tensor(entry, checkpoint.where(name))

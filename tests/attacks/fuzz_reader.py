@@ -12,7 +12,6 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from malformed_bytes import valid_file
 
 from crdtmerge.errors import CrdtMergeError, InputError
 from crdtmerge.numerics.workers import Workers
@@ -21,6 +20,7 @@ from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import digest_checkpoint
 from crdtmerge.weights.strict_json import parse
 from crdtmerge.weights.tensorfile import TensorFile
+from tests.attacks.malformed_bytes import valid_file
 
 VALID = valid_file().replace(b"\7", b"\1")
 INDEX = b'{"metadata": {"total_size": 32}, "weight_map": {"layers.0.weight": "model-00001-of-00001.safetensors"}}'

@@ -8,7 +8,6 @@ import struct
 from pathlib import Path
 
 import pytest
-from malformed_bytes import packed, tensor, valid_file
 
 from crdtmerge import limits
 from crdtmerge.errors import CheckpointError, CrdtMergeError, HeaderError, InputError
@@ -16,6 +15,7 @@ from crdtmerge.numerics.workers import Workers
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import digest_checkpoint
 from crdtmerge.weights.tensorfile import TensorFile
+from tests.attacks.malformed_bytes import packed, tensor, valid_file
 
 A8 = tensor("F32", [2], 0, 8)
 A_TEXT = b'"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}'

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from malformed_bytes import packed, tensor
 
 from crdtmerge import limits
 from crdtmerge.errors import CheckpointError, CrdtMergeError, HeaderError, InputError
 from crdtmerge.weights.carried import carried_files
 from crdtmerge.weights.checkpoint import Checkpoint
+from tests.attacks.malformed_bytes import packed, tensor
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -108,6 +108,11 @@ ROWS: dict[str, tuple[dict[str, bytes], type[CrdtMergeError], str]] = {
         single_with("l.qweight", "l.qzeros"),
         CheckpointError,
         "quantised or complex weights (tensor 'l.qweight')",
+    ),
+    "adapter": (
+        single_with("base_model.model.q.lora_A.weight", "base_model.model.q.lora_B.weight"),
+        CheckpointError,
+        "a low-rank adapter (tensor 'base_model.model.q.lora_A.weight')",
     ),
     "awq": (single_with("l.qzeros"), CheckpointError, "(tensor 'l.qzeros')"),
     "fp8_scales": (single_with("l.weight_scale_inv"), CheckpointError, "(tensor 'l.weight_scale_inv')"),

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 import pytest
-from small_checkpoints import random_tensors, save
 
 from crdtmerge.errors import ChangedError
 from crdtmerge.numerics.workers import Workers
@@ -16,6 +15,7 @@ from crdtmerge.weights.cache import DigestCache, default_folder
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import Facts, digest_checkpoint
 from crdtmerge.weights.tensorfile import Stamp
+from tests.weights.small_checkpoints import random_tensors, save
 
 TENSORS = random_tensors(6)
 STAMP = Stamp(1, 2, 3, 4, 5)

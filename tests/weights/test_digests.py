@@ -14,7 +14,6 @@ import blake3
 import msgpack
 import numpy as np
 import pytest
-from small_checkpoints import Tensors, random_tensors, save
 
 from crdtmerge import limits
 from crdtmerge.numerics.dtypes import DTYPES
@@ -23,6 +22,7 @@ from crdtmerge.weights import digests
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import Facts, digest_checkpoint, piece_digests, tensor_digest
 from crdtmerge.weights.writer import Output, plan_output
+from tests.weights.small_checkpoints import Tensors, random_tensors, save
 
 TENSORS = random_tensors(5)
 
@@ -128,7 +128,7 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_digests import TENSORS, facts_of, save
+from tests.weights.test_digests import TENSORS, facts_of, save
 path = save(Path(sys.argv[2]), TENSORS, folder=True, shard_bytes=150)
 print({name: facts.digest.hex() for name, facts in facts_of(path).items()})
 """
@@ -137,7 +137,7 @@ print({name: facts.digest.hex() for name, facts in facts_of(path).items()})
 def test_saving_twice_in_two_processes_gives_the_same_bytes(tmp_path: Path) -> None:
     printed = []
     for seed in ("0", "1", "4242"):
-        arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(tmp_path / seed)]
+        arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(tmp_path / seed)]
         environment = os.environ | {"PYTHONHASHSEED": seed}
         printed.append(subprocess.run(arguments, env=environment, capture_output=True, check=True).stdout)
     assert len(set(printed)) == 1

@@ -7,12 +7,12 @@ import random
 from pathlib import Path
 
 import pytest
-from small_checkpoints import random_tensors, save, specs
 
 from crdtmerge.errors import OutputError
 from crdtmerge.numerics.dtypes import DTYPES
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.writer import plan_output
+from tests.weights.small_checkpoints import random_tensors, save, specs
 
 TENSORS = random_tensors(8)
 I8 = DTYPES["I8"]

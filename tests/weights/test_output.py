@@ -13,11 +13,11 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from small_checkpoints import RECEIPT, random_tensors, save, specs, tree
 
 from crdtmerge.errors import OutputError
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.writer import Output, plan_output
+from tests.weights.small_checkpoints import RECEIPT, random_tensors, save, specs, tree
 
 OLD, NEW = random_tensors(1), random_tensors(2)
 NEW_RECEIPT = RECEIPT.replace(b"}", b', "new": true}')
@@ -289,7 +289,7 @@ CHILD = """
 import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_output import start
+from tests.weights.test_output import start
 output = start(Path(sys.argv[2]), folder=sys.argv[3] == "folder")
 print("ready", flush=True)
 sys.stdin.read()
@@ -299,7 +299,7 @@ sys.stdin.read()
 @KINDS
 def test_a_killed_process_leaves_the_place_as_it_was(folder: bool, tmp_path: Path) -> None:
     path = save(place(tmp_path, folder), OLD, folder=folder)
-    arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(path), "folder" if folder else "file"]
+    arguments = [sys.executable, "-c", CHILD, str(Path(__file__).parents[2]), str(path), "folder" if folder else "file"]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"ready\n"

@@ -12,13 +12,13 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small_checkpoints import header_of, random_tensors, save, specs
 
 from crdtmerge.errors import CrdtMergeError
 from crdtmerge.numerics.dtypes import DTYPES
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.tensorfile import TensorFile
 from crdtmerge.weights.writer import header_bytes
+from tests.weights.small_checkpoints import header_of, random_tensors, save, specs
 
 UNREADABLE_BY_TORCH = ("F6_E2M3", "F6_E3M2", "F4")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_checkpoints import random_tensors, save
 
 from crdtmerge.errors import ChangedError, InputError
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import digest_checkpoint
 from crdtmerge.weights.tensorfile import TensorFile
+from tests.weights.small_checkpoints import random_tensors, save
 
 TENSORS = random_tensors(3)
 
