@@ -20,6 +20,7 @@ app = typer.Typer(
     help="Merge models so that the same set and the same recipe give the same bytes on any machine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -39,11 +40,15 @@ def options(
     """Options of the program itself."""
 
 
-app.command("merge")(merging.merge)
-app.command("verify")(verification.verify)
-app.command("inspect")(inspection.inspect)
-app.command("strategies")(strategy_list.strategies)
-app.command("demo")(demo.demo)
+COMMANDS = (
+    (merging.merge, "merge ft-a/ ft-b/ ft-c/ --base base/ --strategy ties --set density=0.3 -o merged/"),
+    (verification.verify, "verify merged/"),
+    (inspection.inspect, "inspect merged/"),
+    (strategy_list.strategies, "strategies ties"),
+    (demo.demo, "demo -o digits"),
+)
+for command, example in COMMANDS:
+    app.command(epilog=f"Example: crdtmerge {example}")(command)
 
 
 def run() -> None:

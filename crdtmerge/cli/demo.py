@@ -36,11 +36,11 @@ ANOTHER_WAY: tuple[tuple[tuple[int, ...], int, dict[str, str]], ...] = (
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Keep the checkpoints in this new folder; else they are removed.")
+        Path | None, typer.Option("-o", "--out", metavar="OUT", help="Keep the checkpoints in this new folder; else they are removed.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Train, merge and verify small networks on real images: the main job in under a minute.
+    """Train and merge small networks on real images.
 
     Needs scikit-learn for its bundled digits: pip install 'crdtmerge[demo]'.
     """

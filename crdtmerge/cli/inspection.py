@@ -11,10 +11,10 @@ from crdtmerge.cli.console import emit, progress, say
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A .safetensors file or a checkpoint folder.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A .safetensors file or a checkpoint folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Print a checkpoint's tensors, dtypes, shapes, digests and content id.
+    """Print a checkpoint's tensors and content id.
 
     Equal contents have equal ids whatever their files look like.
     """

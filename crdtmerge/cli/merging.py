@@ -16,35 +16,55 @@ if TYPE_CHECKING:
     from crdtmerge.resolve.receipt import Receipt
     from crdtmerge.weights.writer import Output
 
-EPILOG = "Example: crdtmerge merge ft-a/ ft-b/ ft-c/ --base base/ --strategy ties --set density=0.3 -o merged/"
-
 
 def merge(
-    models: Annotated[list[Path], typer.Argument(help="Checkpoints: .safetensors files or folders, in any order.")],
-    base: Annotated[Path | None, typer.Option(help="The model from which the others were fine-tuned.")] = None,
-    strategy: Annotated[str, typer.Option(help="See `crdtmerge strategies`.")] = "weight_average",
+    models: Annotated[
+        list[Path], typer.Argument(metavar="MODEL", help="Checkpoints: .safetensors files or folders, in any order.")
+    ],
+    base: Annotated[
+        Path | None, typer.Option(metavar="MODEL", help="The model from which the others were fine-tuned.")
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option(metavar="NAME", help="One of `crdtmerge strategies`.")
+    ] = "weight_average",
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A parameter; KEY@GLOB=VALUE for tensors of that name only."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A parameter; KEY@GLOB=VALUE for some tensors only."),
     ] = None,
-    weight: Annotated[list[str] | None, typer.Option(help="One for each model, in their order.")] = None,
+    weight: Annotated[
+        list[str] | None, typer.Option(metavar="W", help="Once for each model, in their order; 1 by default.")
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="A folder, or a file ending in .safetensors. None: only digests.")
+        Path | None,
+        typer.Option("-o", "--out", metavar="OUT", help="A folder, or NAME.safetensors. Left out: only digests."),
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of the result: float32, bfloat16, float16, float64.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda; the bytes are the same.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(min=1, help="The bytes are the same for any number.")] = None,
-    role: Annotated[list[str] | None, typer.Option(help="One for each model: task, forget, unlearned, safety.")] = None,
-    task: Annotated[list[str] | None, typer.Option(help="A task name for each model.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option(help="Glob of tensors that are copied, not merged.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(metavar="D", help="Of the result: float64, float32, bfloat16, float16.")
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs.")] = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="The bytes are the same for any number.")
+    ] = None,
+    role: Annotated[
+        list[str] | None, typer.Option(metavar="R", help="Once for each model: task, forget, unlearned or safety.")
+    ] = None,
+    task: Annotated[list[str] | None, typer.Option(metavar="T", help="Once for each model: its task's name.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="GLOB", help="Tensors to copy (from the base) and not merge.")
+    ] = None,
     missing: Annotated[
-        str | None, typer.Option(help="Tensors that some models lack: base (its values stand in) or skip.")
+        str | None,
+        typer.Option(metavar="base|skip", help="For tensors that some models lack: the base's, or without them."),
     ] = None,
-    allow_nonfinite: Annotated[bool, typer.Option(help="Take NaN and infinity; they propagate as IEEE has it.")] = False,
-    rehash: Annotated[bool, typer.Option(help="Ask no cache; hash the very bytes that are merged.")] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Take NaN and infinity; they propagate as IEEE 754 has it.")
+    ] = False,
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="Trust no cached digest; hash the very bytes that are merged.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Merge checkpoints.
+    """Merge checkpoints into one, with a receipt.
 
     The result and its receipt depend on the contents, weights and parameters alone: not on the order of the models,
     their file names or shards, the number of threads or the machine.

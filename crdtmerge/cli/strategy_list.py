@@ -14,10 +14,10 @@ if TYPE_CHECKING:
 
 
 def strategies(
-    name: Annotated[str | None, typer.Argument(help="Tell all about one of them.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Tell all about one of them.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """List the strategies: family, class, what they need, parameters, reference.
+    """List the strategies, or tell about one.
 
     Class E gives the same bytes on every machine, class P on the same build.
     """

@@ -271,7 +271,7 @@ def consensus(xs, base, out, start, weights, cuts, streams, keep_below, rescale,
 
 @compiled
 def _agree(taus, weights, total, mass, m, combine, zero):
-    """Sum (or take the largest of) what has the sign in ``mass`` into ``total``; ``mass`` becomes the sum of weights."""
+    """Combine what has the sign that ``mass`` holds into ``total``; ``mass`` becomes the sum of its weights."""
     votes = mass.copy()
     for i in range(taus.shape[0]):
         tau, w = taus[i], weights[i]
@@ -411,7 +411,7 @@ def _count32(x, base, lo, hi, shift, counts, kin):
     for t in range(0, n, TILE):
         m = min(TILE, n - t)
         own, o = x[t : t + m], base[t : t + m]
-        over = np.int32(0)
+        over = np.int32(0)  # 32 bits, so that sixteen comparisons are added at once
         for j in range(m):
             tau = np.float32(widen(own[j], kin) - widen(o[j], kin))
             pattern = np.int32(_u32(tau) & np.uint32(0x7FFFFFFF))
@@ -419,7 +419,7 @@ def _count32(x, base, lo, hi, shift, counts, kin):
             over = np.int32(over + np.int32(pattern >= high))
         for j in range(m, TILE):
             from_lo[j] = width
-        above += over
+        above += int(over)
         _tally(from_lo, width, step, counts)
     return above
 

@@ -7,6 +7,7 @@ and few of the others, so that each knows something the others do not.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,7 +54,7 @@ def network() -> Any:
 
     generator = torch.Generator().manual_seed(0)
     widths = (PIXELS, HIDDEN, HIDDEN, CLASSES)
-    layers = [torch.nn.Linear(wide, narrow) for wide, narrow in zip(widths, widths[1:], strict=False)]
+    layers = [torch.nn.Linear(wide, narrow) for wide, narrow in pairwise(widths)]
     for layer in layers:
         torch.nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu", generator=generator)
         torch.nn.init.zeros_(layer.bias)

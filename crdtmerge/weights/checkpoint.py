@@ -24,8 +24,8 @@ from crdtmerge.weights.header import Entry
 from crdtmerge.weights.index import Index, shards_among
 from crdtmerge.weights.layout import INDEX_NAME, SINGLE_NAME
 from crdtmerge.weights.links import lead
-from crdtmerge.weights.unmergeable import refuse_config, refuse_tensor
 from crdtmerge.weights.tensorfile import TensorFile, bytes_of, refuse_format
+from crdtmerge.weights.unmergeable import refuse_config, refuse_tensor
 
 
 class Checkpoint:

@@ -1,8 +1,8 @@
 """Recognising weights that cannot be merged as they are: quantised, packed or complex ones, and low-rank adapters.
 
-The average of codes means nothing, nor does that of the two factors of an adapter taken apart, and a merge of them would
-look like any other. So they are refused, by the dtype, by the tensors that only such checkpoints have, or by what
-config.json says, naming the marker found.
+The average of codes means nothing, nor does that of the two factors of an adapter taken apart, and a merge of them
+would look like any other. So they are refused, by the dtype, by the tensors that only such checkpoints have, or by
+what config.json says, naming the marker found.
 """
 
 from __future__ import annotations
