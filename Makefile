@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --editable
 
-.PHONY: demo test check bench answers clean
+.PHONY: demo test check bench docs answers clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/crdtmerge demo
@@ -26,6 +26,9 @@ bench: $(VENV)/test.installed
 	benchmarks/peers.sh || echo "some peers are not available; the table says which"
 	$(BIN)/python -m benchmarks.merge --size big
 	$(BIN)/python -m benchmarks.merge --size big --memory
+
+docs: $(VENV)/test.installed
+	$(BIN)/python -m tests.house.cli_page > docs/cli.md
 
 answers: $(VENV)/test.installed
 	$(BIN)/python -m tests.numerics.definitions

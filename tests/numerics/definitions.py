@@ -1,6 +1,7 @@
-"""The known answers of the fused kernels, computed by the definitions in torch: ``python -m tests.numerics.definitions``.
+"""The known answers of the fused kernels, computed by the definitions in torch.
 
-Prints the table for ``crdtmerge/numerics/answers.py``. Nothing here calls a kernel.
+``python -m tests.numerics.definitions`` prints the table for ``crdtmerge/numerics/answers.py``.
+Nothing here calls a kernel.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ def numbers(count: int, number: int, *, binades: int = 12) -> NDArray[np.float64
 
 def stored(x: NDArray[np.float64], dtype: str) -> torch.Tensor:
     """Numbers rounded to a storage dtype."""
-    return torch.from_numpy(np.ascontiguousarray(x)).to(STORED[dtype]) if len(x) else torch.empty(0, dtype=STORED[dtype])
+    return (
+        torch.from_numpy(np.ascontiguousarray(x)).to(STORED[dtype]) if len(x) else torch.empty(0, dtype=STORED[dtype])
+    )
 
 
 def raw(x: torch.Tensor) -> NDArray[Any]:

@@ -23,7 +23,8 @@ REFERENCE.prec = 400
 def exact(name: str, x: float) -> Fraction:
     """The function's value to 400 bits, as a fraction."""
     sign, mantissa, exponent, _ = getattr(REFERENCE, name)(REFERENCE.mpf(x))._mpf_
-    return Fraction(-mantissa if sign else mantissa) * Fraction(2) ** exponent
+    found: Fraction = Fraction(-mantissa if sign else mantissa) * Fraction(2) ** exponent
+    return found
 
 
 def is_nearest(found: float, wanted: Fraction) -> bool:

@@ -1,7 +1,7 @@
 """What the merges of ``matrix_driver`` give on every machine: digests of the output and of the receipt.
 
-A change in the first column is a change of output bits: raise the version of the strategy, tell it in the change notes, and
-only then print this table anew with ``python -m tests.resolve.matrix_driver FOLDER pins``.
+A change in the first column is a change of output bits: raise the version of the strategy, tell it in the change notes,
+and only then print this table anew with ``python -m tests.resolve.matrix_driver FOLDER pins``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The same set and the same recipe give the same bytes: in any order, any process, with any threads, blocks, kernels, files.
+"""The same set and the same recipe give the same bytes: in any order, process or file, with any threads or kernels.
 
 Each test runs ``matrix_driver`` in a process of its own and holds every result against ``pinned_digests``, so that
 processes, machines and releases are compared with each other and not only with themselves.

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
@@ -181,7 +182,7 @@ class Prepared:
             inside = sorted({end for end in ends or () if 0 < end < tensor.elements})
             edges = [0, *inside, tensor.elements]
             parts = []
-            for start, stop in zip(edges, edges[1:], strict=False):
+            for start, stop in itertools.pairwise(edges):
                 part = self.strategy.apply(
                     self.unit(tensor, start, stop), self.plan, self.params.at(tensor.name), self.rng
                 )
