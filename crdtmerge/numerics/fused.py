@@ -1,25 +1,29 @@
 """Which arithmetic runs: the torch definition, or fused kernels that give the same bytes.
 
-``CRDTMERGE_KERNELS=torch|numba`` chooses. Left unsaid, merges that read less than ``limits.KERNEL_BYTES_MIN`` use torch
-and never wait for a compiler; larger ones use the kernels. Each kernel proves itself on a stored answer before its
-first use in a process; one that fails, or cannot be loaded, is left out with one warning and torch does the work.
+``CRDTMERGE_KERNELS=torch|numba`` chooses. Left unsaid, merges that read at least ``limits.KERNEL_BYTES_MIN`` use the
+kernels; smaller ones use those that were compiled before and never wait for a compiler. Each kernel proves itself on a
+stored answer before its first use in a process; one that fails, or cannot be loaded, is left out with one warning and
+torch does the work.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import threading
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from crdtmerge import limits
 from crdtmerge.errors import UsageError
+from crdtmerge.numerics import compiled
 from crdtmerge.numerics.answers import ANSWERS, sample
 from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.numerics.programs import Affine, Consensus, Program
@@ -28,23 +32,56 @@ from crdtmerge.numerics.selection import Search
 Raw = NDArray[Any]
 """Stored values as unsigned integers of the storage size."""
 
-Choice = Literal["torch", "numba"]
+Kernel = Callable[[Raw, Raw | None, Raw, int], None]
+"""A program made ready: raw xs [k, n], base [n], out [n] to be filled, and the flat index at which they begin."""
+
 VARIABLE = "CRDTMERGE_KERNELS"
 UNSIGNED: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
 
-Kernel = Callable[[Raw, Raw | None, Raw, int], None]
-"""A program made ready: raw xs [k, n], base [n], out [n] to be filled, and the flat index at which they begin."""
-
-
-def choice(bytes_in: int) -> Choice:
-    """Which arithmetic a merge of so many input bytes uses. Raises UsageError for an unknown choice."""
+def choose(bytes_in: int) -> Kernels | None:
+    """The kernels for a merge of so many input bytes; None for the definition. Raises UsageError for a wrong choice."""
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "torch", "numba"):
         raise UsageError(f"{VARIABLE} = {asked!r}: must be torch or numba.")
-    if asked == "torch" or (not asked and bytes_in < limits.KERNEL_BYTES_MIN):
-        return "torch"
-    return "numba" if _module() else "torch"
+    if asked == "torch":
+        return None
+    return Kernels(may_compile=asked == "numba" or bytes_in >= limits.KERNEL_BYTES_MIN)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The fused kernels that may be used: all, or only those that need no compiler any more.
+
+    Every method says None (or False) where the definition is to be used instead.
+    """
+
+    may_compile: bool = True
+
+    def program(self, program: Program, dtype: DType, out: DType) -> Kernel | None:
+        """A program for inputs of one dtype."""
+        kind = "affine" if isinstance(program, Affine) else "consensus"
+        return _ready(program, dtype, out) if self._proven(kind, dtype.name, out.name) else None
+
+    def gram(self, xs: Raw, base: Raw | None, dtype: DType) -> NDArray[np.float64] | None:
+        """Block sums of all pairs [pairs, blocks] of rows (of rows - base, if given)."""
+        return _gram(xs, base, dtype) if self._proven("gram", dtype.name, "") else None
+
+    def count(self, x: Raw, base: Raw, search: Search, dtype: DType, wide: bool, counts: NDArray[np.int64]) -> bool:
+        """Add ``selection.count`` of |x - base|, as float64 patterns if ``wide``."""
+        if not self._proven("count", dtype.name, ""):
+            return False
+        _count(x, base, search, dtype, wide, counts)
+        return True
+
+    def collect(
+        self, x: Raw, base: Raw, search: Search, dtype: DType, wide: bool
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
+        """``selection.collect`` of |x - base|."""
+        return _collect(x, base, search, dtype, wide) if self._proven("count", dtype.name, "") else None
+
+    def _proven(self, kind: str, dtype: str, out: str) -> bool:
+        return (self.may_compile or compiled.known(f"{kind}/{dtype}/{out}")) and proven(kind, dtype, out)
 
 
 @cache
@@ -59,12 +96,6 @@ def _module() -> ModuleType | None:
 
 def _warn(why: str) -> None:
     warnings.warn(f"{why}; merging with torch, which gives the same bytes more slowly", RuntimeWarning, stacklevel=2)
-
-
-def kernel(program: Program, dtype: DType, out: DType) -> Kernel | None:
-    """The fused kernel of a program for inputs of one dtype, or None where only the definition can be trusted."""
-    kind = "affine" if isinstance(program, Affine) else "consensus"
-    return _ready(program, dtype, out) if proven(kind, dtype.name, out.name) else None
 
 
 def _ready(program: Program, dtype: DType, out: DType) -> Kernel:
@@ -102,11 +133,6 @@ def _consensus(program: Consensus, dtype: DType, out: DType) -> Kernel:
     return run
 
 
-def gram(xs: Raw, base: Raw | None, dtype: DType) -> NDArray[np.float64] | None:
-    """Block sums of all pairs [pairs, blocks] of rows (of rows - base, if given); None if the kernel is not proven."""
-    return _gram(xs, base, dtype) if proven("gram", dtype.name, "") else None
-
-
 def _gram(xs: Raw, base: Raw | None, dtype: DType) -> NDArray[np.float64]:
     module = _loaded()
     k, n = xs.shape
@@ -115,26 +141,15 @@ def _gram(xs: Raw, base: Raw | None, dtype: DType) -> NDArray[np.float64]:
     return out
 
 
-def count(x: Raw, base: Raw, search: Search, dtype: DType, wide: bool, counts: NDArray[np.int64]) -> bool:
-    """Add ``selection.count`` of |x - base|, as float64 patterns if ``wide``; False if the kernel is not proven."""
-    if not proven("count", dtype.name, ""):
-        return False
-    _count(x, base, search, dtype, wide, counts)
-    return True
-
-
 def _count(x: Raw, base: Raw, search: Search, dtype: DType, wide: bool, counts: NDArray[np.int64]) -> None:
     module = _loaded()
     wide = wide or dtype.itemsize > 2
     module.count(x, base, search.lo, search.hi, search.shift, counts, module.KINDS[dtype.name], wide)
 
 
-def collect(
+def _collect(
     x: Raw, base: Raw, search: Search, dtype: DType, wide: bool
-) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
-    """``selection.collect`` of |x - base|; None if the kernel is not proven."""
-    if not proven("count", dtype.name, ""):
-        return None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     module = _loaded()
     found: tuple[NDArray[np.int64], NDArray[np.int64]] = module.collect(
         x, base, search.lo, search.hi, module.KINDS[dtype.name], wide
@@ -144,19 +159,28 @@ def collect(
 
 def _loaded() -> Any:
     module = _module()
-    assert module is not None, "kernels are asked for only after choice() said numba"
+    assert module is not None, "a kernel runs only after it was proven"
     return module
 
 
 # ---------------------------------------------------------------- known answers
 
 
-@cache
+_proving = threading.Lock()
+
+
 def proven(kind: str, dtype: str, out: str) -> bool:
     """Whether a kernel gives its stored answer in this process; says so once if it does not."""
+    with _proving:
+        return _proven(kind, dtype, out)
+
+
+@cache
+def _proven(kind: str, dtype: str, out: str) -> bool:
     if _module() is None:
         return False
     if answer(kind, dtype, out) == ANSWERS.get(f"{kind}/{dtype}/{out}"):
+        compiled.note(f"{kind}/{dtype}/{out}")
         return True
     _warn(f"the fused kernel {kind}/{dtype}/{out} does not give its known answer on this machine")
     return False
@@ -178,5 +202,5 @@ def answer(kind: str, dtype: str, out: str) -> str:
         for search, wide in tried.searches:
             counts = np.zeros(search.steps + 1, np.int64)
             _count(xs[0], base, search, DTYPES[dtype], wide, counts)
-            results.append(counts)
+            results += [counts, *_collect(xs[0], base, search, DTYPES[dtype], wide)]
     return hashlib.sha256(b"".join(result.tobytes() for result in results)).hexdigest()[:16]

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from crdtmerge.numerics import fused, selection
+from crdtmerge.numerics import selection
 from crdtmerge.numerics.dtypes import DType
+from crdtmerge.numerics.fused import Kernels
 from crdtmerge.numerics.selection import Cut, Search
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.resolve.blocks import Reader, Rows, Span, compute_dtype, quiet_torch, spans, within
@@ -105,9 +106,9 @@ class Evidence:
 class Cutter:
     """Finds the cuts of a group."""
 
-    def __init__(self, group: Group, workers: Workers, stretch: int, use_kernels: bool, units: Units) -> None:
+    def __init__(self, group: Group, workers: Workers, stretch: int, kernels: Kernels | None, units: Units) -> None:
         self._group, self._workers, self._stretch = group, workers, stretch
-        self._use_kernels, self._units = use_kernels, units
+        self._kernels, self._units = kernels, units
         self._reader = Reader()
 
     def cuts(self) -> dict[str, list[tuple[int, int]]]:
@@ -219,15 +220,15 @@ class Cutter:
 
     def _count(self, rows: Rows, i: int, search: Search, counts: Counts) -> None:
         dtype, base, counted = rows.span.tensor.dtype, rows.base, False
-        if self._use_kernels and dtype and base is not None:
-            counted = fused.count(rows.xs[i], base, search, dtype, self._group.wide, counts)
+        if self._kernels and dtype and base is not None:
+            counted = self._kernels.count(rows.xs[i], base, search, dtype, self._group.wide, counts)
         if not counted:
             counts += selection.count(self._tau(rows, i), search)
 
     def _collect(self, rows: Rows, i: int, search: Search) -> Found:
         dtype, base, found = rows.span.tensor.dtype, rows.base, None
-        if self._use_kernels and dtype and base is not None:
-            found = fused.collect(rows.xs[i], base, search, dtype, self._group.wide)
+        if self._kernels and dtype and base is not None:
+            found = self._kernels.collect(rows.xs[i], base, search, dtype, self._group.wide)
         return selection.collect(self._tau(rows, i), search) if found is None else found
 
     def _tau(self, rows: Rows, i: int) -> Tensor:

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 
 from crdtmerge import limits
 from crdtmerge.errors import ChangedError, NonFiniteError
-from crdtmerge.numerics import fused
 from crdtmerge.numerics.dtypes import DType
 from crdtmerge.numerics.finite import nonfinite
-from crdtmerge.numerics.fused import UNSIGNED, Kernel, Raw
+from crdtmerge.numerics.fused import UNSIGNED, Kernel, Kernels, Raw
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.rounding import canonical_nan, round_to
 from crdtmerge.numerics.workers import Workers
@@ -51,7 +50,7 @@ class Work:
     params: Filled[Any]
     plan: Plan
     rng: Rng
-    use_kernels: bool
+    kernels: Kernels | None
     device: str = "cpu"
     allow_nonfinite: bool = False
 
@@ -133,7 +132,7 @@ class _Engine:
     def __init__(self, work: Work, sink: Sink, stretch: int, rehash: bool) -> None:
         self._work, self._sink, self._stretch, self._rehash = work, sink, stretch, rehash
         self._reader = Reader()
-        self._kernels: dict[str, Kernel | None] = {}
+        self._ready: dict[str, Kernel | None] = {}
 
     def copy(self, span: tuple[Copying, int, int]) -> tuple[str, int, _Part]:
         """Carry a span over as it is."""
@@ -170,12 +169,12 @@ class _Engine:
 
     def _kernel(self, tensor: Merging) -> Kernel | None:
         work = self._work
-        if not work.use_kernels or tensor.dtype is None:
+        if not work.kernels or tensor.dtype is None:
             return None
-        if tensor.name not in self._kernels:
+        if tensor.name not in self._ready:
             program = work.strategy.program(tensor.name, tensor.meta, work.plan, work.params.at(tensor.name), work.rng)
-            self._kernels[tensor.name] = fused.kernel(program, tensor.dtype, tensor.out) if program else None
-        return self._kernels[tensor.name]
+            self._ready[tensor.name] = work.kernels.program(program, tensor.dtype, tensor.out) if program else None
+        return self._ready[tensor.name]
 
     def _define(self, rows: Rows, out: Raw) -> None:
         """The definition: the strategy's own ``apply``, in torch, rounded once."""

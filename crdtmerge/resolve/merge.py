@@ -159,12 +159,11 @@ class Merge:
     def run(self, sink: Sink, *, folder: bool) -> Receipt:
         """Plan, then write every merged tensor into the sink. Raises what the strategy, sources and sink raise."""
         stretch = self._stretch()
-        use_kernels = (
-            self.options.device == "cpu" and not self.recipe.allow_nonfinite and fused.choice(self._total) == "numba"
-        )
+        definition_only = self.options.device != "cpu" or self.recipe.allow_nonfinite
+        kernels = None if definition_only else fused.choose(self._total)
         threads = _torch_threads()
         try:
-            digests = self._run(sink, stretch, use_kernels)
+            digests = self._run(sink, stretch, kernels)
         finally:
             _restore(threads)
         for source in self.sources:
@@ -173,13 +172,13 @@ class Merge:
             self.base_source.check_unchanged()
         return self._receipt(digests, folder)
 
-    def _run(self, sink: Sink, stretch: int, use_kernels: bool) -> Digests:
+    def _run(self, sink: Sink, stretch: int, kernels: fused.Kernels | None) -> Digests:
         rng = Rng(self.recipe.seed_for(self.gathered.root))
         view = TensorView(
             self.merging,
             self.workers,
             stretch=stretch,
-            use_kernels=use_kernels,
+            kernels=kernels,
             compute=self.needs.compute,
             device=self.options.device,
             canonical_nan=self.recipe.allow_nonfinite,
@@ -191,7 +190,7 @@ class Merge:
             self.params,
             self.plan,
             rng,
-            use_kernels,
+            kernels,
             self.options.device,
             self.recipe.allow_nonfinite,
         )
@@ -440,14 +439,14 @@ def merge(
     Raises:
         CrdtMergeError: everything that is wrong with the inputs or the request, by kind; see ``crdtmerge.errors``.
     """
+    asked = {"dtype": dtype, "missing": missing, "exclude": exclude, "allow_nonfinite": allow_nonfinite}
     if isinstance(strategy, Recipe):
         recipe, t = strategy, params.pop("t", None)
-        if params:
-            raise UsageError(f"parameters {', '.join(sorted(params))} belong into the recipe that was given.")
+        twice = sorted([*params, *(name for name, value in asked.items() if value)])
+        if twice:
+            raise UsageError(f"{', '.join(twice)}: say it in the recipe that was given, not beside it.")
     else:
-        recipe, t = recipe_of(
-            strategy, params, dtype=dtype, missing=missing, exclude=exclude, allow_nonfinite=allow_nonfinite
-        )
+        recipe, t = recipe_of(strategy, params, **asked)
     said = claims(len(models), weights=weights, t=t, roles=roles, tasks=tasks)
     options = Options(threads=threads, device=device, rehash=rehash, cache=DigestCache())
     with Merge(list(zip(models, said, strict=True)), recipe, base, options) as one:

@@ -10,8 +10,9 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from crdtmerge.numerics import fused, reduction
+from crdtmerge.numerics import reduction
 from crdtmerge.numerics.dtypes import DTYPES, DType
+from crdtmerge.numerics.fused import Kernels
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.resolve.blocks import Reader, Rows, Span, compute_dtype, quiet_torch, spans, unit
 from crdtmerge.resolve.cutting import Cutter, Group
@@ -30,14 +31,14 @@ class TensorView:
         workers: Workers,
         *,
         stretch: int,
-        use_kernels: bool,
+        kernels: Kernels | None,
         compute: str,
         device: str = "cpu",
         canonical_nan: bool = False,
     ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.names = sorted(self._tensors)
-        self._workers, self._stretch, self._use_kernels = workers, stretch, use_kernels
+        self._workers, self._stretch, self._kernels = workers, stretch, kernels
         self._compute, self._device, self._canonical_nan = compute, device, canonical_nan
         self._reader = Reader()
 
@@ -78,8 +79,8 @@ class TensorView:
     def _gram_sums(self, span: Span, *, task_vectors: bool) -> tuple[str, NDArray[np.float64]]:
         rows = self._reader.read(span)
         tensor, part = span.tensor, None
-        if self._use_kernels and tensor.dtype and rows.stack is not None:
-            part = fused.gram(rows.stack, rows.base if task_vectors else None, tensor.dtype)
+        if self._kernels and tensor.dtype and rows.stack is not None:
+            part = self._kernels.gram(rows.stack, rows.base if task_vectors else None, tensor.dtype)
         if part is None:
             quiet_torch()
             u = self._unit(rows, DTYPES["F64"])
@@ -92,7 +93,7 @@ class TensorView:
         found: dict[str, list[tuple[int, int]]] = {}
         for names in groups:
             group = Group([self._tensors[name] for name in names], density(names[0]), self._compute)
-            found |= Cutter(group, self._workers, self._stretch, self._use_kernels, self._unit).cuts()
+            found |= Cutter(group, self._workers, self._stretch, self._kernels, self._unit).cuts()
         return found
 
 

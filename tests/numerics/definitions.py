@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 from decimal import Decimal
 from itertools import product
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from crdtmerge.numerics import reduction, selection
 from crdtmerge.numerics.answers import Sample, sample
@@ -59,20 +61,29 @@ def consensus(program: Consensus, xs: list[torch.Tensor], base: torch.Tensor, st
     return base + stages.combine(taus, weights, selected, program.combine) * scalar(program.scale)
 
 
+def stored_bytes(result: torch.Tensor | NDArray[Any]) -> bytes:
+    if isinstance(result, torch.Tensor):
+        result = result.contiguous().view(torch.uint8).numpy()
+    return result.tobytes()
+
+
 def answer(kind: str, dtype: str, out: str) -> str:
     tried = sample(dtype)
     xs, base = tensors(tried, dtype, own_compute(dtype))
     wide_xs, wide_base = tensors(tried, dtype, "F64")
     if kind == "affine":
-        results = [round_to(affine(p, wide_xs, wide_base), DTYPES[out]) for p in tried.affine]
+        results: list[Any] = [round_to(affine(p, wide_xs, wide_base), DTYPES[out]) for p in tried.affine]
     elif kind == "consensus":
         results = [round_to(consensus(p, xs, base, tried.start), DTYPES[out]) for p in tried.consensus]
     elif kind == "gram":
         results = [reduction.gram_block_sums(wide_xs), reduction.gram_block_sums([x - wide_base for x in wide_xs])]
     else:
         tau = xs[0] - base
-        results = [torch.from_numpy(selection.count(tau.double() if wide else tau, s)) for s, wide in tried.searches]
-    data = b"".join(r.contiguous().view(torch.uint8).numpy().tobytes() for r in results)
+        results = []
+        for search, wide in tried.searches:
+            x = tau.double() if wide else tau
+            results += [selection.count(x, search), *selection.collect(x, search)]
+    data = b"".join(stored_bytes(result) for result in results)
     return hashlib.sha256(data).hexdigest()[:16]
 
 

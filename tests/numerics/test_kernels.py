@@ -18,8 +18,9 @@ import pytest
 import crdtmerge.numerics
 from crdtmerge import limits
 from crdtmerge.errors import UsageError
-from crdtmerge.numerics import fused, kernels
+from crdtmerge.numerics import compiled, fused, kernels
 from crdtmerge.numerics.answers import ANSWERS
+from crdtmerge.numerics.fused import Kernels
 from crdtmerge.resolve.merge import merge
 from tests.numerics import definitions
 from tests.strategies.models import Model, equal, family
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_there_is_an_answer_for_every_kernel_and_no_other() -> None:
     assert sorted(ANSWERS) == sorted("/".join(key) for key in KEYS)
-    assert len(set(ANSWERS.values())) == len(ANSWERS) - 1, "of all, only counts of F64 and F32 are alike"
+    assert len(set(ANSWERS.values())) == len(ANSWERS), "no two kernels have one answer"
 
 
 @pytest.mark.parametrize("key", KEYS, ids="/".join)
@@ -46,11 +47,11 @@ def test_the_stored_answers_are_those_of_the_definition_and_of_the_kernels(key: 
 
 def test_the_variable_chooses_and_size_does_where_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(fused.VARIABLE, raising=False)
-    assert fused.choice(limits.KERNEL_BYTES_MIN - 1) == "torch"
-    assert fused.choice(limits.KERNEL_BYTES_MIN) == "numba"
-    for said in ("torch", "numba"):
+    assert fused.choose(limits.KERNEL_BYTES_MIN - 1) == Kernels(may_compile=False)
+    assert fused.choose(limits.KERNEL_BYTES_MIN) == Kernels(may_compile=True)
+    for said, chosen in (("torch", None), ("numba", Kernels(may_compile=True))):
         monkeypatch.setenv(fused.VARIABLE, said)
-        assert fused.choice(0) == fused.choice(1 << 40) == said
+        assert fused.choose(0) == fused.choose(1 << 40) == chosen
 
 
 @pytest.mark.parametrize("wrong", ["wrong", "NUMBA", "torch ", "0"])
@@ -75,10 +76,10 @@ def test_a_block_that_is_no_multiple_of_65536_is_refused(monkeypatch: pytest.Mon
 @pytest.fixture
 def unproven() -> Iterator[None]:
     """Nothing is proven yet, and nothing of what was proven in here is remembered."""
-    fused.proven.cache_clear()
+    fused._proven.cache_clear()
     fused._module.cache_clear()
     yield
-    fused.proven.cache_clear()
+    fused._proven.cache_clear()
     fused._module.cache_clear()
 
 
@@ -137,9 +138,6 @@ def test_a_wrong_kernel_is_found_out_warned_of_once_and_left_out(
 
 
 @pytest.mark.usefixtures("unproven")
-@pytest.mark.xfail(
-    strict=True, reason="fused.answer tries count alone: collect is trusted without an answer of its own"
-)
 def test_a_wrong_collecting_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "collect", last_bit_off(kernels.collect))
     one, _ = merged_by("numba", monkeypatch, "ties")
@@ -148,9 +146,6 @@ def test_a_wrong_collecting_kernel_is_found_out(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.usefixtures("unproven")
-@pytest.mark.xfail(
-    strict=True, reason="fused.proven is cached but not locked: threads that ask at once each try and warn"
-)
 def test_threads_that_ask_at_once_are_warned_once(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow_and_wrong(kind: str, dtype: str, out: str) -> str:
         time.sleep(0.3)
@@ -198,6 +193,13 @@ def say(name):
     print(json.dumps({"strategy": name} | {key: module in sys.modules for key, module in modules.items()}))
 """
 
+NOTHING_COMPILED = """
+import sys
+from pathlib import Path
+from crdtmerge.numerics import compiled
+compiled._path = lambda: Path(sys.argv[1]) / "none"
+"""
+
 SMALL = (
     LOADED
     + """
@@ -205,7 +207,7 @@ import numpy as np
 from crdtmerge.resolve.merge import merge
 a, b, base = ({"w": np.arange(n, n + 9, dtype=np.float32)} for n in (1, 5, 0))
 for name in ("weight_average", "slerp", "task_arithmetic", "ties", "dare_ties", "magmax"):
-    merge([a, b], strategy=name, base=base)["w"]
+    merge([a, b], strategy=name, base=base)
     say(name)
 """
 )
@@ -228,13 +230,23 @@ for name in ("weight_average", "linear", "slerp", "task_arithmetic", "ties", "da
 )
 
 
-def test_small_merges_never_load_a_compiler() -> None:
-    said = in_child(SMALL)
+def test_small_merges_never_wait_for_a_compiler(tmp_path: Path) -> None:
+    said = in_child(NOTHING_COMPILED + SMALL, str(tmp_path))
     assert len(said) == 6
     for one in said:
         assert not one["numba"], one
         assert not one["kernels"], one
     assert said[0]["torch"], "the definition is torch"
+
+
+def test_small_merges_use_what_was_compiled_before() -> None:
+    for key in ("affine/F32/F32", "gram/F32/", "count/F32/", "consensus/F32/F32"):
+        kind, dtype, out = key.split("/")
+        assert fused.proven(kind, dtype, out)
+        assert compiled.known(key)
+    for one in in_child(SMALL):
+        assert one["kernels"], one
+        assert not one["torch"], one
 
 
 def written(path: Path, number: int, elements: int) -> Path:

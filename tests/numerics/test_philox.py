@@ -59,7 +59,9 @@ def test_every_block_equals_that_of_python_integers(counter: random123.Words, ke
 @given(streams, st.one_of(st.integers(0, 100), st.integers(2**34 - 30, 2**34 + 30), st.integers(0, 2**61)), word)
 def test_the_word_of_an_element_is_word_i_mod_4_of_block_i_div_4(s: Stream, start: int, length: int) -> None:
     stop = start + length % 40
-    assert philox.words(s, start, stop).tolist() == [random123.word((s.k0, s.k1, s.c2, s.c3), i) for i in range(start, stop)]
+    assert philox.words(s, start, stop).tolist() == [
+        random123.word((s.k0, s.k1, s.c2, s.c3), i) for i in range(start, stop)
+    ]
 
 
 @examples(100)

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crdtmerge.numerics import fused, reduction
+from crdtmerge.numerics import reduction
 from crdtmerge.numerics.dtypes import DTYPES
+from crdtmerge.numerics.fused import Kernels
 from tests.numerics.examples import STORED, examples, numbers, raw, stored
 
 SIZES = (0, 1, 2, 15, 4095, 4096, 4097, 65535, 65536, 65537, 131_072, 200_000)
@@ -132,7 +133,7 @@ def test_the_gram_kernel_gives_the_bits_of_the_definition(dtype: str, k: int, ta
         rows = [stored(numbers(size, 10 * k + i), dtype) for i in range(k)]
         base = stored(numbers(size, 99), dtype)
         definition = reduction.gram_block_sums([r.double() - base.double() for r in rows] if task_vectors else rows)
-        kernel = fused.gram(np.stack([raw(r) for r in rows]), raw(base) if task_vectors else None, DTYPES[dtype])
+        kernel = Kernels().gram(np.stack([raw(r) for r in rows]), raw(base) if task_vectors else None, DTYPES[dtype])
         assert kernel is not None, "the kernel is proven on this machine"
         assert kernel.tobytes() == definition.numpy().tobytes()
 

@@ -16,8 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from crdtmerge.numerics import fused, selection
+from crdtmerge.numerics import selection
 from crdtmerge.numerics.dtypes import DTYPES
+from crdtmerge.numerics.fused import Kernels
 from crdtmerge.numerics.selection import TOP, Search
 from crdtmerge.strategies import stages
 from tests.numerics.examples import STORED, examples, raw, stored
@@ -278,7 +279,7 @@ def pattern(x: float, dtype: str) -> int:
     return int(np.array([x], {"F32": np.float32, "F64": np.float64}[dtype]).view({"F32": "i4", "F64": "i8"}[dtype])[0])
 
 
-WRONG = {
+WRONG: dict[str, Callable[[str], tuple[int, int]]] = {
     "nothing below it": lambda dtype: (0, 1),
     "too low": lambda dtype: (pattern(1e-30, dtype), pattern(1e-20, dtype)),
     "just too low": lambda dtype: (0, pattern(0.5, dtype)),
@@ -366,9 +367,11 @@ def test_counts_and_collections_of_torch_numba_and_numpy_are_equal(dtype: str, w
 
     assert selection.count(tau, search).tolist() == wanted
     counts = np.arange(search.steps + 1)
-    assert fused.count(raw(x), raw(base), search, DTYPES[dtype], wide, counts), "the kernel is proven on this machine"
+    assert Kernels().count(raw(x), raw(base), search, DTYPES[dtype], wide, counts), (
+        "the kernel is proven on this machine"
+    )
     assert (counts - np.arange(search.steps + 1)).tolist() == wanted
-    kernel = fused.collect(raw(x), raw(base), search, DTYPES[dtype], wide)
+    kernel = Kernels().collect(raw(x), raw(base), search, DTYPES[dtype], wide)
     assert kernel is not None
     for bits, at in (selection.collect(tau, search), kernel):
         assert bits.tolist() == patterns[inside].tolist()
