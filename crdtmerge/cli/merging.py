@@ -12,7 +12,7 @@ import typer
 from crdtmerge.cli.console import Memory, emit, progress, say
 
 if TYPE_CHECKING:
-    from crdtmerge.resolve.merge import Merge
+    from crdtmerge.resolve.merging import Merge
     from crdtmerge.resolve.receipt import Receipt
     from crdtmerge.weights.writer import Output
 
@@ -69,7 +69,8 @@ def merge(
     The result and its receipt depend on the contents, weights and parameters alone: not on the order of the models,
     their file names or shards, the number of threads or the machine.
     """
-    from crdtmerge.resolve.merge import Merge, Options, claims, recipe_of
+    from crdtmerge.resolve.asking import claims, recipe_of
+    from crdtmerge.resolve.merging import Merge, Options
     from crdtmerge.weights.cache import DigestCache
 
     begin, memory = time.perf_counter(), Memory()

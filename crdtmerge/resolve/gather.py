@@ -8,9 +8,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import Decimal
 
-from crdtmerge.canonical import complement
 from crdtmerge.errors import NonFiniteError, UsageError
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.replica import trie
@@ -18,7 +16,7 @@ from crdtmerge.replica.contribution import Claim, Row, content_id, leaf
 from crdtmerge.resolve.sources import Progress, Source
 from crdtmerge.strategies.protocol import Meta
 from crdtmerge.weights.cache import DigestCache
-from crdtmerge.weights.digests import Facts
+from crdtmerge.weights.facts import Facts
 
 
 @dataclass(frozen=True)
@@ -105,14 +103,3 @@ def refuse_nonfinite(one: Known, exclude: Sequence[str]) -> None:
                 f"at index {first}. One of them spoils every mean. Repair the model, leave the tensor out with "
                 "--exclude, or use --allow-nonfinite."
             )
-
-
-def pair_weights(t: Decimal, count: int, weighted: bool) -> tuple[Decimal, Decimal]:
-    """``t`` for two models as weights (1-t, t) in the order given. Raises UsageError for anything else."""
-    if weighted:
-        raise UsageError("t and weights say the same thing twice: give one of them.")
-    if count != 2:
-        raise UsageError(f"t is for two models, not {count}; give weights instead.")
-    if not 0 <= t <= 1:
-        raise UsageError(f"t = {t}: must be from 0 to 1.")
-    return complement(t), t

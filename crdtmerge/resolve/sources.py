@@ -16,7 +16,8 @@ from crdtmerge.numerics.finite import nonfinite
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.checkpoint import Checkpoint
-from crdtmerge.weights.digests import Facts, digest_checkpoint, piece_digests, tensor_digest
+from crdtmerge.weights.digests import digest_checkpoint, piece_digests, tensor_digest
+from crdtmerge.weights.facts import Facts
 from crdtmerge.weights.header import Entry
 
 Progress = Callable[[int], None]

@@ -24,7 +24,8 @@ from crdtmerge.numerics.workers import Workers
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import Claim
 from crdtmerge.resolve.gather import known
-from crdtmerge.resolve.merge import Merge, Options, is_folder
+from crdtmerge.resolve.merge import is_folder
+from crdtmerge.resolve.merging import Merge, Options
 from crdtmerge.resolve.receipt import Receipt
 from crdtmerge.resolve.sources import open_source
 from crdtmerge.strategies import registry

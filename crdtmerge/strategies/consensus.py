@@ -131,15 +131,7 @@ class Dare(Strategy[DareParameters]):
         return u.base + m * u.scalar(p.lambda_)
 
     def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: DareParameters, rng: Rng) -> Program:
-        return Consensus(
-            weights_of(meta),
-            streams=streams(name, meta, rng),
-            keep_below=philox.keep_below(p.density),
-            rescale=p.factor,
-            elect="none",
-            combine=p.combine,
-            scale=nearest(p.lambda_),
-        )
+        return dropping(streams(name, meta, rng), meta, p, elect="none", combine=p.combine)
 
 
 class DareTiesParameters(Dropping):
@@ -177,15 +169,7 @@ class DareTies(Strategy[DareTiesParameters]):
         return u.base + m * u.scalar(p.lambda_)
 
     def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: DareTiesParameters, rng: Rng) -> Program:
-        return Consensus(
-            weights_of(meta),
-            streams=streams(name, meta, rng),
-            keep_below=philox.keep_below(p.density),
-            rescale=p.factor,
-            elect=p.elect,
-            combine=p.combine,
-            scale=nearest(p.lambda_),
-        )
+        return dropping(streams(name, meta, rng), meta, p, elect=p.elect, combine=p.combine)
 
 
 class MagMax(Strategy[WithLambda]):
@@ -219,6 +203,21 @@ def dropped(u: Unit, density: Number, factor: float, rng: Rng) -> list[Tensor]:
     return [
         stages.drop(tau, stream, density, u.start, factor) for tau, stream in zip(u.task_vectors(), masks, strict=True)
     ]
+
+
+def dropping(
+    masks: tuple[philox.Stream, ...], meta: Sequence[Meta], p: Dropping, *, elect: str, combine: str
+) -> Consensus:
+    """The program of a strategy that drops elements at random."""
+    return Consensus(
+        weights_of(meta),
+        streams=masks,
+        keep_below=philox.keep_below(p.density),
+        rescale=p.factor,
+        elect=elect,
+        combine=combine,
+        scale=nearest(p.lambda_),
+    )
 
 
 def streams(tensor: str, meta: Sequence[Meta], rng: Rng) -> tuple[philox.Stream, ...]:

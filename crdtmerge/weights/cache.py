@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 
 from crdtmerge.canonical import digest, pack
-from crdtmerge.weights.digests import Facts
+from crdtmerge.weights.facts import Facts
 from crdtmerge.weights.tensorfile import Stamp
 
 FORMAT = 1

@@ -26,21 +26,15 @@ from crdtmerge.errors import InputError
 from crdtmerge.numerics.dtypes import DType
 from crdtmerge.numerics.finite import nonfinite
 from crdtmerge.numerics.workers import Workers
+from crdtmerge.weights.cache import DigestCache
+from crdtmerge.weights.facts import Facts
 from crdtmerge.weights.tensorfile import Entry, TensorFile, bytes_of
 
 if TYPE_CHECKING:
-    from crdtmerge.weights.cache import DigestCache
     from crdtmerge.weights.checkpoint import Checkpoint
 
 STRETCH_BYTES = 8 * limits.PIECE_BYTES
 """Bytes of one piece of work: whole pieces, enough of them to make handing them out cheap."""
-
-
-class Facts(NamedTuple):
-    """What pass 1 learns of a tensor: its digest (32 bytes); for floats, (count, first index) of NaN and infinity."""
-
-    digest: bytes
-    nonfinite: tuple[int, int] | None
 
 
 def piece_digests(data: bytes | bytearray | memoryview | NDArray[Any]) -> bytes:

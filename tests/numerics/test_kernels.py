@@ -217,7 +217,7 @@ LARGE = (
     + """
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import Claim
-from crdtmerge.resolve.merge import Merge, Options
+from crdtmerge.resolve.merging import Merge, Options
 class Nowhere:
     def write(self, name, offset, data):
         pass

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from crdtmerge.resolve import merge as merging
+from crdtmerge.resolve import merging
 from crdtmerge.weights.tensorfile import TensorFile
 from tests.resolve import models
 from tests.resolve.running import Ran, here
@@ -154,16 +155,16 @@ def test_a_shard_that_changes_is_named(shard: int, tmp_path: Path, monkeypatch: 
 
 def test_a_file_that_changes_while_it_is_first_read_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read_into, path = TensorFile.read_into, folder / "a.safetensors"
-    done = []
+    once = threading.Lock()
 
     def reading(self: TensorFile, offset: int, buffer: bytearray) -> None:
         read_into(self, offset, buffer)
-        if self.path == path and not done:
-            done.append(flip(path))
+        if self.path == path and once.acquire(blocking=False):
+            flip(path)
 
     monkeypatch.setattr(TensorFile, "read_into", reading)
     assert "changed while it was read" in refused(folder, merge(folder), path)
-    assert len(done) == 1
+    assert once.locked()
 
 
 def test_what_the_cache_remembers_of_a_file_is_not_believed_of_another_in_its_place(

@@ -26,7 +26,8 @@ from safetensors import safe_open
 
 from crdtmerge.errors import ReceiptError, UsageError
 from crdtmerge.recipe import Recipe, recipe_bytes
-from crdtmerge.resolve.merge import merge, recipe_of
+from crdtmerge.resolve.asking import recipe_of
+from crdtmerge.resolve.merge import merge
 from crdtmerge.resolve.receipt import Receipt
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
-from crdtmerge.resolve import merge as merging
+from crdtmerge.resolve import merging
 from crdtmerge.weights.layout import plan_output
 from tests.resolve import forging, models
 from tests.resolve.running import Ran, here, process

@@ -10,14 +10,17 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
 from crdtmerge.numerics.dtypes import DTYPES, DType
+from crdtmerge.numerics.fused import Kernels
 from crdtmerge.numerics.reduction import BLOCK
 from crdtmerge.numerics.rounding import round_to
 from crdtmerge.numerics.workers import Workers
@@ -121,7 +124,7 @@ def viewed(
 ) -> Iterator[TensorView]:
     """The view that a plan sees of tensors."""
     with Workers(threads) as workers:
-        yield TensorView(merging, workers, stretch=stretch, use_kernels=use_kernels, compute=compute)
+        yield TensorView(merging, workers, stretch=stretch, kernels=Kernels() if use_kernels else None, compute=compute)
 
 
 class Prepared:
@@ -159,14 +162,12 @@ class Prepared:
     def run(self, *, use_kernels: bool | None = None) -> dict[str, torch.Tensor]:
         """The merged model, by the engine."""
         kernels = self.use_kernels if use_kernels is None else use_kernels
-        work = Work(self.strategy, self.needs, self.params, self.plan, self.rng, kernels)
+        chosen = Kernels() if kernels else None
+        work = Work(self.strategy, self.needs, self.params, self.plan, self.rng, chosen)
         memory = Memory([(t.name, t.out, t.shape) for t in self.tensors])
         with Workers(self.threads) as workers:
             run(work, self.tensors, [], memory, workers, stretch=self.stretch)
-        return {
-            name: torch.from_numpy(data).view(STORED[dtype.name]).reshape(shape)
-            for name, (dtype, shape, data) in memory.tensors.items()
-        }
+        return {name: _viewed(data, dtype.name).reshape(shape) for name, (dtype, shape, data) in memory.tensors.items()}
 
     def unit(self, tensor: Merging, start: int, stop: int) -> Unit:
         """Any stretch of a tensor, widened by torch itself."""
@@ -196,7 +197,11 @@ def _flat(source: Any, tensor: Merging) -> torch.Tensor:
     entry = source.entries[tensor.name]
     data: NDArray[np.uint8] = np.empty(entry.nbytes, np.uint8)
     source.read_into(tensor.name, 0, data)
-    return torch.from_numpy(data).view(STORED[entry.dtype.name])
+    return _viewed(data, entry.dtype.name)
+
+
+def _viewed(data: NDArray[np.uint8], dtype: str) -> torch.Tensor:
+    return torch.from_numpy(data).view(STORED[dtype]) if len(data) else torch.empty(0, dtype=STORED[dtype])
 
 
 def merged(strategy: str | Strategy[Any], models: Sequence[Model], base: Model | None = None, **how: Any) -> Model:
@@ -204,6 +209,56 @@ def merged(strategy: str | Strategy[Any], models: Sequence[Model], base: Model |
     return Prepared(strategy, models, base, **how).run()
 
 
+def copied(one: Mapping[str, torch.Tensor]) -> Model:
+    """What a merge returned, or any other model, without the empty tensor."""
+    return {name: one[name].clone() for name in one if name != "empty"}
+
+
 def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
     """Whether two models have the same names, dtypes, shapes and bytes."""
     return set(one) == set(other) and all(same(one[name], other[name]) for name in one)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant of a strategy that all general laws are tried with."""
+
+    strategy: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    weights: tuple[str, ...] = ("1", "0.1", "2.5", "0.75")
+    random: bool = False
+
+    def __str__(self) -> str:
+        said = [f"{name}={value}" for name, value in self.params.items()]
+        return " ".join([self.strategy, *said])
+
+
+SIGNED = ("1", "-0.7", "2.5", "0.3")
+
+ROWS = [
+    Row("weight_average"),
+    Row("linear"),
+    Row("linear", {"normalize": False}, SIGNED),
+    Row("slerp"),
+    Row("slerp", {"space": "task_vectors"}),
+    Row("slerp", {"reduce": "fold"}),
+    Row("slerp", {"dot_threshold": "0.5"}),
+    Row("task_arithmetic"),
+    Row("task_arithmetic", {"lambda": "0.3"}, SIGNED),
+    Row("ties"),
+    Row("ties", {"scope": "tensor", "density": "0.37"}),
+    Row("ties", {"density": 1, "elect": "count", "combine": "sum", "lambda": "-0.5"}),
+    Row("ties", {"combine": "max", "elect": "count", "lambda": "0.7"}),
+    Row("ties", {"density": "0.5", "combine": "sum"}),
+    Row("dare", random=True),
+    Row("dare", {"density": "0.7", "combine": "mean", "rescale": False}, random=True),
+    Row("dare", {"density": "0.3333333333", "lambda": "0.3"}, SIGNED, random=True),
+    Row("dare_ties", random=True),
+    Row("dare_ties", {"density": "0.7", "elect": "count", "combine": "max", "lambda": "0.3"}, random=True),
+    Row("dare_ties", {"density": "0.5", "combine": "sum", "rescale": False}, random=True),
+    Row("magmax"),
+    Row("magmax", {"lambda": "0.5"}, SIGNED),
+]
+"""A new strategy needs a row here: everything in test_block_invariance and the general laws of test_laws reads them."""
+
+EACH = pytest.mark.parametrize("row", ROWS, ids=str)

@@ -13,7 +13,8 @@ from crdtmerge.numerics.workers import Workers
 from crdtmerge.weights import cache as cache_module
 from crdtmerge.weights.cache import DigestCache, default_folder
 from crdtmerge.weights.checkpoint import Checkpoint
-from crdtmerge.weights.digests import Facts, digest_checkpoint
+from crdtmerge.weights.digests import digest_checkpoint
+from crdtmerge.weights.facts import Facts
 from crdtmerge.weights.tensorfile import Stamp
 from tests.weights.small_checkpoints import random_tensors, save
 

@@ -20,7 +20,8 @@ from crdtmerge.numerics.dtypes import DTYPES
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.weights import digests
 from crdtmerge.weights.checkpoint import Checkpoint
-from crdtmerge.weights.digests import Facts, digest_checkpoint, piece_digests, tensor_digest
+from crdtmerge.weights.digests import digest_checkpoint, piece_digests, tensor_digest
+from crdtmerge.weights.facts import Facts
 from crdtmerge.weights.writer import Output, plan_output
 from tests.weights.small_checkpoints import Tensors, random_tensors, save
 

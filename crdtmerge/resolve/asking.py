@@ -1,0 +1,66 @@
+"""What is said by position, in Python or on the command line, as claims and a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from crdtmerge.canonical import complement, decimal
+from crdtmerge.errors import UsageError
+from crdtmerge.numerics.dtypes import float_named
+from crdtmerge.recipe import Recipe
+from crdtmerge.replica.contribution import Claim
+
+
+def claims(
+    count: int,
+    *,
+    weights: Sequence[object] | None = None,
+    t: object = None,
+    roles: Sequence[str] | None = None,
+    tasks: Sequence[str | None] | None = None,
+) -> list[Claim]:
+    """The claims of ``count`` models from what was said by position. Raises UsageError for wrong numbers of them."""
+    exact = [_weight(weight) for weight in weights or []]
+    if t is not None:
+        exact = list(pair_weights(_weight(t), count, bool(weights)))
+    for said, what in ((exact, "weights"), (roles or [], "roles"), (tasks or [], "tasks")):
+        if said and len(said) != count:
+            raise UsageError(f"{len(said)} {what} for {count} models: give one for each model, or none.")
+    return [
+        Claim(
+            exact[i] if exact else Decimal(1),
+            roles[i] if roles else "task",
+            tasks[i] if tasks else None,
+        )
+        for i in range(count)
+    ]
+
+
+def _weight(value: object) -> Decimal:
+    try:
+        return decimal(value)
+    except ValueError as fault:
+        raise UsageError(f"weight: {fault}.") from None
+
+
+def recipe_of(strategy: str, params: Mapping[str, Any], **options: Any) -> tuple[Recipe, Any]:
+    """A recipe from a strategy's name and parameters; ``seed`` and ``t`` among them are not the strategy's own."""
+    own = dict(params)
+    seed, t = own.pop("seed", "root"), own.pop("t", None)
+    if options.get("dtype"):
+        named = float_named(str(options["dtype"]))
+        options["dtype"] = named.name if named else options["dtype"]
+    return Recipe(strategy, seed=seed, **options, **{"lambda" if k == "lambda_" else k: v for k, v in own.items()}), t
+
+
+def pair_weights(t: Decimal, count: int, weighted: bool) -> tuple[Decimal, Decimal]:
+    """``t`` for two models as weights (1-t, t) in the order given. Raises UsageError for anything else."""
+    if weighted:
+        raise UsageError("t and weights say the same thing twice: give one of them.")
+    if count != 2:
+        raise UsageError(f"t is for two models, not {count}; give weights instead.")
+    if not 0 <= t <= 1:
+        raise UsageError(f"t = {t}: must be from 0 to 1.")
+    return complement(t), t

@@ -1,0 +1,272 @@
+"""A merge from beginning to end: open, digest, order, fit, plan, apply, receipt; its bytes go into a sink."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from crdtmerge import limits
+from crdtmerge.errors import NeedsError, ParameterError, UsageError
+from crdtmerge.numerics import fused
+from crdtmerge.numerics.dtypes import DType, float_named
+from crdtmerge.numerics.guard import require_ieee
+from crdtmerge.numerics.lazy import torch
+from crdtmerge.numerics.reduction import BLOCK
+from crdtmerge.numerics.workers import Workers
+from crdtmerge.recipe import Recipe
+from crdtmerge.replica.contribution import ROLES, Claim
+from crdtmerge.resolve.blocks import stretch_elements
+from crdtmerge.resolve.engine import Digests, Sink, Work, check_inputs, run
+from crdtmerge.resolve.fit import fit
+from crdtmerge.resolve.gather import Gathered, Known, gather, known, refuse_nonfinite
+from crdtmerge.resolve.receipt import Receipt, TensorRow, inputs_bytes
+from crdtmerge.resolve.sources import Source, open_source
+from crdtmerge.resolve.view import TensorView
+from crdtmerge.strategies import registry
+from crdtmerge.strategies.parameters import Filled
+from crdtmerge.strategies.protocol import Needs, Rng
+from crdtmerge.weights.cache import DigestCache
+from crdtmerge.weights.carried import carried_files
+from crdtmerge.weights.layout import Layout, plan_output
+
+Model = Any
+"""A path to a checkpoint, or a mapping of names to torch tensors or numpy arrays."""
+
+ROWS_BYTES = 64 * limits.MIB
+"""Above this many bytes of input rows a thread, stretches get shorter."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a merge runs; nothing here can change its result."""
+
+    threads: int | None = None
+    device: str = "cpu"
+    rehash: bool = False
+    cache: DigestCache | None = None
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+
+
+class Merge:
+    """A merge that is ready to run: inputs read once, ordered, found to fit. Holds files and threads until closed."""
+
+    def __init__(
+        self, models: Sequence[tuple[Model, Claim]], recipe: Recipe, base: Model | None, options: Options
+    ) -> None:
+        """Raises UsageError, NeedsError, InputError and MismatchError, each before anything is written."""
+        require_ieee()
+        self.strategy = registry.get(recipe.strategy)
+        self.params: Filled[Any] = Filled(recipe.strategy, self.strategy.Params, recipe.params)
+        self.needs = combined([self.strategy.needs(p) for p in self.params.variants()])
+        self.options = options
+        _check(recipe, models, base, self.needs)
+        self._open = ExitStack()
+        try:
+            self._prepare(models, recipe, base)
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _prepare(self, models: Sequence[tuple[Model, Claim]], recipe: Recipe, base: Model | None) -> None:
+        self.workers = self._open.enter_context(Workers(self.options.threads))
+        self.sources = [self._opened(model, f"model {i + 1}") for i, (model, _) in enumerate(models)]
+        self.base_source = self._opened(base, "the base") if base is not None else None
+        inputs = [*self.sources, *([self.base_source] if self.base_source else [])]
+        self._total = sum(entry.nbytes for source in inputs for entry in source.entries.values())
+        read = self._progress("reading", self._total)
+        found = [known(source, self.workers, self.options.cache, read) for source in inputs]
+        if not recipe.allow_nonfinite:
+            for one in found:
+                refuse_nonfinite(one, recipe.exclude)
+        base_known = found[-1] if self.base_source else None
+        claims = [claim for _, claim in models]
+        self.gathered: Gathered = gather(list(zip(found, claims, strict=False)), base_known)
+        self.recipe = recipe.completed(
+            self.strategy.version, self.params.canonical, base_known.id if base_known else None
+        )
+        uses_base = self.needs.base == "required" or (self.needs.base == "optional" and base_known is not None)
+        self.merging, self.copying = fit(self.gathered, self.recipe, uses_base)
+        self._known: list[Known] = found
+        self.notes = list(self.gathered.notes)
+        if base_known and not uses_base:
+            self.notes.append(f"{recipe.strategy} does not use a base; only its files are carried over")
+        self._files: dict[str, bytes] | None = None
+
+    def _opened(self, model: Model, label: str) -> Source:
+        source = open_source(model, label)
+        self._open.callback(source.close)
+        return source
+
+    def _progress(self, stage: str, total: int) -> Callable[[int], None]:
+        done = 0
+
+        def advance(step: int) -> None:
+            nonlocal done
+            done += step
+            self.options.progress(stage, done, total)
+
+        return advance
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from all sources so far."""
+        return sum(source.bytes_read for source in [*self.sources, *([self.base_source] if self.base_source else [])])
+
+    def tensors(self) -> list[tuple[str, DType, tuple[int, ...]]]:
+        """The output's tensors in the order of their names."""
+        merged = [(t.name, t.out, t.shape) for t in self.merging]
+        return sorted([*merged, *((t.name, t.out, t.shape) for t in self.copying)], key=lambda tensor: tensor[0])
+
+    def layout(self, single_file: str | None) -> Layout:
+        """The output's files."""
+        return plan_output(self.tensors(), single_file=single_file)
+
+    def files(self) -> dict[str, bytes]:
+        """Configuration and tokenizer files for a folder: the base's, else the first folder's in canonical order."""
+        if self._files is None:
+            ordered = [self.base_source] if self.base_source else [one.source for one in self.gathered.contributions]
+            folder = next((source.folder for source in ordered if source and source.folder), None)
+            dtype = float_named(self.recipe.dtype or "")
+            self._files, notes = carried_files(folder, dtype.torch_name if dtype else None)
+            self.notes += notes
+        return self._files
+
+    def run(self, sink: Sink, *, folder: bool) -> Receipt:
+        """Plan, then write every merged tensor into the sink. Raises what the strategy, sources and sink raise."""
+        stretch = self._stretch()
+        definition_only = self.options.device != "cpu" or self.recipe.allow_nonfinite
+        kernels = None if definition_only else fused.choose(self._total)
+        threads = _torch_threads()
+        try:
+            digests = self._run(sink, stretch, kernels)
+        finally:
+            _restore(threads)
+        for source in self.sources:
+            source.check_unchanged()
+        if self.base_source:
+            self.base_source.check_unchanged()
+        return self._receipt(digests, folder)
+
+    def _run(self, sink: Sink, stretch: int, kernels: fused.Kernels | None) -> Digests:
+        rng = Rng(self.recipe.seed_for(self.gathered.root))
+        view = TensorView(
+            self.merging,
+            self.workers,
+            stretch=stretch,
+            kernels=kernels,
+            compute=self.needs.compute,
+            device=self.options.device,
+            canonical_nan=self.recipe.allow_nonfinite,
+        )
+        self.plan = self.strategy.plan(view, self.params.at, rng)
+        work = Work(
+            self.strategy,
+            self.needs,
+            self.params,
+            self.plan,
+            rng,
+            kernels,
+            self.options.device,
+            self.recipe.allow_nonfinite,
+        )
+        total = sum(t.elements * t.out.itemsize for t in self.merging)
+        written = self._progress("merging", total)
+        digests = run(
+            work,
+            self.merging,
+            self.copying,
+            sink,
+            self.workers,
+            stretch=stretch,
+            rehash=self.options.rehash,
+            progress=written,
+        )
+        expected = {id(one.source): {name: fact.digest for name, fact in one.facts.items()} for one in self._known}
+        check_inputs(digests, expected, [one.source for one in self._known])
+        return digests
+
+    def _stretch(self) -> int:
+        """Elements of a stretch, shorter where many models would make the rows of one too large."""
+        fitting = ROWS_BYTES // (8 * (len(self.gathered.contributions) + 1)) // BLOCK * BLOCK
+        return min(stretch_elements(), max(fitting, BLOCK))
+
+    def _receipt(self, digests: Digests, folder: bool) -> Receipt:
+        return Receipt(
+            self.recipe,
+            tuple((one.id, one.claim) for one in self.gathered.contributions),
+            tuple(TensorRow(name, dtype.name, shape, digests.outputs[name]) for name, dtype, shape in self.tensors()),
+            {name: hashlib.sha256(data).hexdigest() for name, data in self.files().items()} if folder else {},
+            exact=self.needs.exact,
+        )
+
+    def inputs(self) -> bytes:
+        """``inputs.json``: where the contents were found, as absolute paths."""
+        base = (self.gathered.base.id, _path(self.gathered.base.source)) if self.gathered.base else None
+        return inputs_bytes([(one.id, _path(one.source)) for one in self.gathered.contributions], base)
+
+    def close(self) -> None:
+        """Let go of files and threads."""
+        self._open.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _path(source: Source) -> str:
+    return str(Path(source.label).resolve())
+
+
+def _torch_threads() -> int | None:
+    """torch's intra-op threads, if torch is loaded: a merge sets them to one in its own threads."""
+    return torch.get_num_threads() if "torch" in sys.modules else None
+
+
+def _restore(threads: int | None) -> None:
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def combined(needs: Sequence[Needs]) -> Needs:
+    """What all variants of a recipe's parameters need together."""
+    first = needs[0]
+    order = ("unused", "optional", "required")
+    return first._replace(
+        base=max((one.base for one in needs), key=order.index),
+        exact=all(one.exact for one in needs),
+        weights="nonnegative" if any(one.weights == "nonnegative" for one in needs) else "any",
+    )
+
+
+def _check(recipe: Recipe, models: Sequence[tuple[Model, Claim]], base: Model | None, needs: Needs) -> None:
+    """What can be refused before a file is opened."""
+    name = recipe.strategy
+    if recipe.dtype is not None and float_named(recipe.dtype) is None:
+        raise UsageError(f"dtype = {recipe.dtype!r}: must be float64, float32, bfloat16 or float16.")
+    if needs.base == "required" and base is None:
+        raise NeedsError(
+            f"strategy '{name}' needs a base: the model from which all were fine-tuned. Give it with --base."
+        )
+    if recipe.missing == "base" and base is None:
+        raise NeedsError("--missing base takes what is missing from the base: give it with --base.")
+    if not needs.min_k <= len(models) <= (needs.max_k or limits.CONTRIBUTIONS_MAX):
+        most = needs.max_k or limits.CONTRIBUTIONS_MAX
+        raise UsageError(f"strategy '{name}' merges {needs.min_k} to {most} models; {len(models)} given.")
+    for position, (_, claim) in enumerate(models, 1):
+        if claim.role not in needs.roles:
+            raise UsageError(
+                f"model {position} has role {claim.role!r}; strategy '{name}' merges {', '.join(needs.roles)} "
+                f"(roles are {', '.join(ROLES)})."
+            )
+        if needs.weights == "nonnegative" and claim.weight < 0:
+            raise ParameterError(f"model {position} has weight {claim.weight}; strategy '{name}' takes none below 0.")
