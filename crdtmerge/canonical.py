@@ -20,7 +20,10 @@ from typing import Any
 import msgpack
 
 DECIMAL_DIGITS_MAX = 40
-"""Significant digits, and the largest exponent, of a number in a recipe or claim: a float has at most 17."""
+"""Significant digits of a number in a recipe or claim: a float has at most 17."""
+
+DECIMAL_EXPONENT_MAX = 300
+"""The largest power of ten, in size, of such a number: within what a float64 holds."""
 
 
 def _plain(value: Any) -> Any:
@@ -66,8 +69,8 @@ def decimal(value: Any) -> Decimal:
         raise ValueError(f"{value!r} is not a number") from None
     if not number.is_finite():
         raise ValueError(f"{value!r} is not a finite number")
-    if len(number.as_tuple().digits) > DECIMAL_DIGITS_MAX or abs(number.adjusted()) > DECIMAL_DIGITS_MAX * 8:
-        raise ValueError(f"a number of more than {DECIMAL_DIGITS_MAX} digits or beyond 1e{DECIMAL_DIGITS_MAX * 8}")
+    if len(number.as_tuple().digits) > DECIMAL_DIGITS_MAX or abs(number.adjusted()) > DECIMAL_EXPONENT_MAX:
+        raise ValueError(f"a number of more than {DECIMAL_DIGITS_MAX} digits or beyond 1e{DECIMAL_EXPONENT_MAX}")
     return Decimal(decimal_text(number))
 
 
@@ -89,5 +92,5 @@ def complement(number: Decimal) -> Decimal:
     >>> complement(Decimal("0.3"))
     Decimal('0.7')
     """
-    with localcontext(prec=16 * DECIMAL_DIGITS_MAX):
+    with localcontext(prec=2 * (DECIMAL_DIGITS_MAX + DECIMAL_EXPONENT_MAX)):
         return 1 - number

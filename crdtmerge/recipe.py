@@ -17,6 +17,17 @@ Missing = Literal["base", "skip"]
 
 SEED_MAX = 1 << 64
 
+_KINDS: dict[str, tuple[type, ...]] = {
+    "version": (int,),
+    "params": (dict,),
+    "base": (str, type(None)),
+    "dtype": (str, type(None)),
+    "seed": (str, int),
+    "missing": (str, type(None)),
+    "exclude": (list,),
+    "allow_nonfinite": (bool,),
+}
+
 
 class Recipe:
     """A merge as asked for.
@@ -49,10 +60,18 @@ class Recipe:
             raise UsageError(f"missing = {missing!r}: must be base or skip.")
         self.params: dict[str, Any] = params
 
+    @classmethod
+    def of(cls, strategy: str, params: Mapping[str, Any], **options: Any) -> Recipe:
+        """The same with the strategy's parameters apart from the recipe's own options, so that no name can clash."""
+        recipe = cls(strategy, **options)
+        recipe.params = dict(params)
+        return recipe
+
     def completed(self, version: int, params: Mapping[str, Any], base: bytes | None) -> Recipe:
         """The same recipe with the strategy's version, canonical parameters and the base's content id."""
-        return Recipe(
+        return Recipe.of(
             self.strategy,
+            params,
             version=version,
             base=base,
             dtype=self.dtype,
@@ -60,7 +79,6 @@ class Recipe:
             missing=self.missing,
             exclude=self.exclude,
             allow_nonfinite=self.allow_nonfinite,
-            **params,
         )
 
     def canonical(self) -> dict[str, Any]:
@@ -80,11 +98,18 @@ class Recipe:
 
     @classmethod
     def from_canonical(cls, value: Mapping[str, Any]) -> Recipe:
-        """The complete recipe of a canonical form. Raises KeyError, TypeError or ValueError for anything else."""
-        fields = dict(value)
-        params = fields.pop("params")
-        base = fields.pop("base")
-        return cls(**fields, base=bytes.fromhex(base) if base else None, **params)
+        """The complete recipe of a canonical form. Raises ValueError, KeyError or UsageError for anything else."""
+        strategy, params, exclude = value["strategy"], value["params"], value["exclude"]
+        for field, kinds in _KINDS.items():
+            if type(value[field]) not in kinds:
+                raise ValueError(f"recipe.{field} is {value[field]!r}")
+        if set(value) != {"strategy", *_KINDS} or not isinstance(strategy, str):
+            raise ValueError("not the fields of a recipe")
+        if not all(isinstance(glob, str) for glob in exclude):
+            raise ValueError(f"recipe.exclude is {exclude!r}")
+        base = bytes.fromhex(value["base"]) if value["base"] else None
+        options = {field: value[field] for field in ("version", "dtype", "seed", "missing", "allow_nonfinite")}
+        return cls.of(strategy, params, base=base, exclude=exclude, **options)
 
     @property
     def id(self) -> bytes:

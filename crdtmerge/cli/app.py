@@ -5,6 +5,7 @@ Imports stay small: a command imports what it needs when it runs, so that --help
 
 from __future__ import annotations
 
+import signal
 import sys
 from typing import Annotated
 
@@ -51,12 +52,21 @@ for command, example in COMMANDS:
     app.command(epilog=f"Example: crdtmerge {example}")(command)
 
 
+class _Interrupted(BaseException):
+    """Ctrl-C. Not KeyboardInterrupt, which the command-line library would turn into its own exit."""
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise _Interrupted
+
+
 def run() -> None:
     """Run the program; errors of ours become one line and exit code 2."""
+    signal.signal(signal.SIGINT, _interrupt)
     try:
         app()
     except CrdtMergeError as error:
         sys.exit(fail(error, as_json="--json" in sys.argv[1:]))
-    except KeyboardInterrupt:
+    except _Interrupted:
         print("interrupted; nothing was left behind", file=sys.stderr)
         sys.exit(130)

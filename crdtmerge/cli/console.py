@@ -15,8 +15,24 @@ SAMPLE_SECONDS = 0.02
 
 
 def say(text: str) -> None:
-    """A line for people."""
-    print(text, file=sys.stderr)
+    """A line for people, beside the result."""
+    print(printable(text), file=sys.stderr)
+
+
+def tell(text: str = "") -> None:
+    """Lines of the result, for people."""
+    print(printable(text))
+
+
+def printable(text: str) -> str:
+    """A text in which no file's or tensor's name can move the cursor, change colours or fail to be encoded.
+
+    >>> printable("a\x1b[31m")
+    'a\\x1b[31m'
+    """
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text
+    )
 
 
 def emit(document: object) -> None:

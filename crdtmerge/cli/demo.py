@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crdtmerge.cli.console import emit, say
+from crdtmerge.cli.console import emit, say, tell
 
 if TYPE_CHECKING:
     from crdtmerge.testing.digits import Digits, StateDict
@@ -129,18 +129,18 @@ def _again(folder: Path, order: tuple[int, ...], threads: int, settings: dict[st
 def _print(
     rows: list[dict[str, Any]], receipt: dict[str, Any], digests: list[tuple[str, str]], same: bool, out: Path | None
 ) -> None:
-    print(f"\n{'model':<16}{'test accuracy':>14}   {'output digest':<16}  what it is")
+    tell(f"\n{'model':<16}{'test accuracy':>14}   {'output digest':<16}  what it is")
     for row in rows:
-        print(f"{row['model']:<16}{row['accuracy']:>13.1%}   {(row['digest'] or '')[:16]:<16}  {row['about']}")
-    print("\nreceipt of the ties merge")
+        tell(f"{row['model']:<16}{row['accuracy']:>13.1%}   {(row['digest'] or '')[:16]:<16}  {row['about']}")
+    tell("\nreceipt of the ties merge")
     for key in ("merge_id", "root", "recipe_id", "seed", "class", "output_digest"):
-        print(f"  {key:<14} {receipt[key]}")
+        tell(f"  {key:<14} {receipt[key]}")
     for one in receipt["contributions"]:
-        print(f"  contribution   {one['id']}  weight {one['weight']}")
-    print("\nthe same merge again")
-    print(f"  {receipt['output_digest'][:16]}  order 1 2 3, in the process that trained")
+        tell(f"  contribution   {one['id']}  weight {one['weight']}")
+    tell("\nthe same merge again")
+    tell(f"  {receipt['output_digest'][:16]}  order 1 2 3, in the process that trained")
     for how, digest in digests:
-        print(f"  {digest[:16]}  {how}")
-    print("the digests are equal" if same else "THE DIGESTS DIFFER")
+        tell(f"  {digest[:16]}  {how}")
+    tell("the digests are equal" if same else "THE DIGESTS DIFFER")
     if out:
-        print(f"\nverify it yourself: crdtmerge verify {out / 'ties'}")
+        tell(f"\nverify it yourself: crdtmerge verify {out / 'ties'}")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from crdtmerge.cli.console import emit, progress, say
+from crdtmerge.cli.console import emit, progress, say, tell
 
 
 def inspect(
@@ -54,6 +54,6 @@ def inspect(
     for row in rows:
         bad = f"  {row['nonfinite']} NaN or infinite" if row["nonfinite"] else ""
         shape = "x".join(map(str, source.entries[str(row["name"])].shape)) or "scalar"
-        print(f"{ascii(row['name']):<{width}}  {row['dtype']:<5} {shape:<16} {str(row['digest'])[:16]}{bad}")
-    print(f"{len(rows)} tensors, {total} bytes")
-    print(f"content id {found.id.hex()}")
+        tell(f"{ascii(row['name']):<{width}}  {row['dtype']:<5} {shape:<16} {str(row['digest'])[:16]}{bad}")
+    tell(f"{len(rows)} tensors, {total} bytes")
+    tell(f"content id {found.id.hex()}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crdtmerge.cli.console import Memory, emit, progress, say
+from crdtmerge.cli.console import Memory, emit, progress, say, tell
 
 if TYPE_CHECKING:
     from crdtmerge.resolve.merging import Merge
@@ -150,7 +150,8 @@ def check_output(out: Path, inputs: list[Path]) -> None:
     target = out.resolve()
     for path in inputs:
         source = path.resolve()
-        if target == source or target in source.parents:
+        inside = target.parent == source and target.suffix == ".safetensors"
+        if target == source or target in source.parents or inside:
             raise OutputError(f"{out}: would replace the input {path}; choose another -o.")
     try:
         replaces_ours(out, is_folder(out))
@@ -204,12 +205,12 @@ def _report(one: Merge, receipt: Receipt, out: Path | None, written: int) -> dic
 def _print(report: dict[str, Any]) -> None:
     rate = report["bytes_read"] / max(report["seconds"] - report["fsync_seconds"], 1e-9) / 1e9
     where = report["out"] or "nowhere (no -o)"
-    print(f"{report['strategy']} of {len(report['contributions'])} models, {report['tensors']} tensors -> {where}")
-    print(f"  in {report['seconds']:.2f} s ({report['fsync_seconds']:.2f} s of it fsync), {rate:.1f} GB/s")
+    tell(f"{report['strategy']} of {len(report['contributions'])} models, {report['tensors']} tensors -> {where}")
+    tell(f"  in {report['seconds']:.2f} s ({report['fsync_seconds']:.2f} s of it fsync), {rate:.1f} GB/s")
     for contribution in report["contributions"]:
-        print(f"  {contribution['id'][:16]}  weight {contribution['weight']:<6}  {contribution['path']}")
+        tell(f"  {contribution['id'][:16]}  weight {contribution['weight']:<6}  {contribution['path']}")
     if report["base"]:
-        print(f"  {report['base']['id'][:16]}  base           {report['base']['path']}")
-    print(f"  root          {report['root']}")
-    print(f"  merge id      {report['merge_id']}")
-    print(f"  output digest {report['output_digest']}")
+        tell(f"  {report['base']['id'][:16]}  base           {report['base']['path']}")
+    tell(f"  root          {report['root']}")
+    tell(f"  merge id      {report['merge_id']}")
+    tell(f"  output digest {report['output_digest']}")

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from crdtmerge.cli.console import emit
+from crdtmerge.cli.console import emit, say, tell
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from crdtmerge.strategies.protocol import Strategy
 
 
@@ -23,14 +26,26 @@ def strategies(
     """
     from crdtmerge.strategies import registry
 
-    listed = [describe(registry.get(one)) for one in ([name] if name else registry.names())]
+    listed = [describe(registry.get(name))] if name else list(_listed())
     if as_json:
         emit(listed)
     elif name:
         _print_one(listed[0], inspect.getdoc(type(registry.get(name))) or "")
     else:
         for row in listed:
-            print(f"{row['name']:<16} {row['class']}  {row['family']:<11} base {row['needs']['base']:<9} {row['summary']}")
+            tell(f"{row['name']:<16} {row['class']}  {row['family']:<11} base {row['needs']['base']:<9} {row['summary']}")
+
+
+def _listed() -> Iterator[dict[str, Any]]:
+    """All that can be loaded; a note for a package that does not keep its word."""
+    from crdtmerge.errors import UnknownStrategyError
+    from crdtmerge.strategies import registry
+
+    for name in registry.names():
+        try:
+            yield describe(registry.get(name))
+        except UnknownStrategyError as fault:
+            say(f"note: {fault}")
 
 
 def describe(strategy: Strategy[Any]) -> dict[str, Any]:
@@ -58,31 +73,32 @@ def describe(strategy: Strategy[Any]) -> dict[str, Any]:
 def parameters(strategy: Strategy[Any]) -> dict[str, Any]:
     """Each parameter with its default, what it may be, and what it means."""
     defaults = strategy.Params().canonical()
-    schema = strategy.Params.model_json_schema()["properties"]
     return {
-        name: {
-            "default": default,
-            "type": _type(schema[name], strategy.Params.model_fields, name),
-            "description": schema[name].get("description", ""),
+        field.alias or name: {
+            "default": defaults[field.alias or name],
+            "type": _type(field),
+            "description": field.description or "",
         }
-        for name, default in defaults.items()
+        for name, field in strategy.Params.model_fields.items()
     }
 
 
-def _type(schema: dict[str, Any], fields: dict[str, Any], name: str) -> str:
-    if "enum" in schema:
-        return " | ".join(schema["enum"])
-    bounds = [part for part in schema.get("anyOf", [schema]) if part.get("type") == "number"]
-    if not bounds:
-        return str(schema.get("type", "number"))
-    words = {"exclusiveMinimum": ">", "minimum": ">=", "exclusiveMaximum": "<", "maximum": "<="}
-    return " ".join(["number", *(f"{sign} {bounds[0][key]:g}" for key, sign in words.items() if key in bounds[0])])
+def _type(field: FieldInfo) -> str:
+    """``mean | sum`` for a choice, ``boolean``, ``number > 0 <= 1``."""
+    choices = get_args(field.annotation)
+    if choices:
+        return " | ".join(map(str, choices))
+    if field.annotation is bool:
+        return "boolean"
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    bounds = [(sign, getattr(one, key)) for one in field.metadata for key, sign in signs.items() if hasattr(one, key)]
+    return " ".join(["number", *(f"{sign} {bound}" for sign, bound in bounds)])
 
 
 def _print_one(row: dict[str, Any], text: str) -> None:
-    print(f"{row['name']}, version {row['version']}, class {row['class']}, family {row['family']}\n")
-    print(text)
-    print(f"\nReference: {row['reference']}")
-    print(f"Base: {row['needs']['base']}. Roles: {', '.join(row['needs']['roles'])}.")
+    tell(f"{row['name']}, version {row['version']}, class {row['class']}, family {row['family']}\n")
+    tell(text)
+    tell(f"\nReference: {row['reference']}")
+    tell(f"Base: {row['needs']['base']}. Roles: {', '.join(row['needs']['roles'])}.")
     for name, parameter in row["parameters"].items():
-        print(f"  {name} = {parameter['default']}  ({parameter['type']})  {parameter['description']}")
+        tell(f"  {name} = {parameter['default']}  ({parameter['type']})  {parameter['description']}")

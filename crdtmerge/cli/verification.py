@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from crdtmerge.cli.console import emit, progress
+from crdtmerge.cli.console import emit, progress, tell
 
 EXIT = {"same": 0, "different": 1, "unknown": 2}
 
@@ -43,5 +43,5 @@ def verify(
             }
         )
     else:
-        print(f"{verdict.answer}: {verdict.reason}")
+        tell(f"{verdict.answer}: {verdict.reason}")
     raise typer.Exit(EXIT[verdict.answer])

@@ -248,9 +248,9 @@ def consensus(xs, base, out, start, weights, cuts, streams, keep_below, rescale,
                     tau[j] = tau[j] if kept else zero
             if streams.shape[0] > 0:
                 _philox_words((start + t) // 4, streams[i], words[: (m + 3) // 4 * 4])
-                limit = np.uint32(keep_below - np.uint64(1))
+                limit, some = np.uint32(keep_below - np.uint64(1)), keep_below > np.uint64(0)
                 for j in range(m):
-                    tau[j] = tau[j] * rescale if words[j] <= limit else zero
+                    tau[j] = tau[j] * rescale if some & (words[j] <= limit) else zero
             if w != one:
                 for j in range(m):
                     tau[j] = tau[j] * w

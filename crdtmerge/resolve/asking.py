@@ -48,11 +48,15 @@ def _weight(value: object) -> Decimal:
 def recipe_of(strategy: str, params: Mapping[str, Any], **options: Any) -> tuple[Recipe, Any]:
     """A recipe from a strategy's name and parameters; ``seed`` and ``t`` among them are not the strategy's own."""
     own = dict(params)
+    if "lambda_" in own:
+        if "lambda" in own:
+            raise UsageError("lambda is said twice, also as lambda_: give one of them.")
+        own["lambda"] = own.pop("lambda_")
     seed, t = own.pop("seed", "root"), own.pop("t", None)
     if options.get("dtype"):
         named = float_named(str(options["dtype"]))
         options["dtype"] = named.name if named else options["dtype"]
-    return Recipe(strategy, seed=seed, **options, **{"lambda" if k == "lambda_" else k: v for k, v in own.items()}), t
+    return Recipe.of(strategy, own, seed=seed, **options), t
 
 
 def pair_weights(t: Decimal, count: int, weighted: bool) -> tuple[Decimal, Decimal]:

@@ -108,6 +108,8 @@ class Reader:
 
 def widened(raw: Raw, dtype: DType, compute: DType, device: str, canonical: bool) -> Tensor:
     """Raw values as a torch tensor of the compute dtype, on a device: exact, and a copy of its own."""
+    if not raw.size:
+        return torch.empty(0, dtype=torch_dtype(compute), device=device)
     stored: Tensor = torch.from_numpy(raw.view(np.uint8)).view(torch_dtype(dtype))
     wide = stored.to(device=device, dtype=torch_dtype(compute), copy=True)
     return canonical_nan(wide) if canonical else wide
@@ -126,11 +128,7 @@ def compute_dtype(tensor: Merging, compute: str) -> DType:
     return DTYPES["F32" if compute == "storage" and tensor.half else "F64"]
 
 
-_quiet = threading.local()
-
-
 def quiet_torch() -> None:
     """One thread inside each torch operation of this thread: the blocks are what runs in parallel."""
-    if not getattr(_quiet, "done", False):
+    if torch.get_num_threads() != 1:
         torch.set_num_threads(1)
-        _quiet.done = True

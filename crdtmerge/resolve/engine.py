@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from crdtmerge import limits
 from crdtmerge.errors import ChangedError, NonFiniteError
-from crdtmerge.numerics.dtypes import DType
+from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.numerics.finite import nonfinite
 from crdtmerge.numerics.fused import UNSIGNED, Kernel, Kernels, Raw
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.rounding import canonical_nan, round_to
 from crdtmerge.numerics.workers import Workers
-from crdtmerge.resolve.blocks import Reader, Rows, Span, compute_dtype, quiet_torch, spans, unit, within
+from crdtmerge.resolve.blocks import Reader, Rows, Span, compute_dtype, quiet_torch, spans, unit, widened, within
 from crdtmerge.resolve.fit import Copying, Merging
 from crdtmerge.resolve.sources import Source
 from crdtmerge.strategies.parameters import Filled
@@ -96,9 +96,8 @@ def _merge_spans(merging: Sequence[Merging]) -> Iterator[Span]:
 
 def _copy_spans(copying: Sequence[Copying]) -> Iterator[tuple[Copying, int, int]]:
     for tensor in copying:
-        size = tensor.source.entries[tensor.name].nbytes
-        for start in range(0, max(size, 1), SPAN):
-            yield tensor, start, min(size, start + SPAN)
+        for start in range(0, max(tensor.elements, 1), SPAN):
+            yield tensor, start, min(tensor.elements, start + SPAN)
 
 
 def _collect(
@@ -135,13 +134,14 @@ class _Engine:
         self._ready: dict[str, Kernel | None] = {}
 
     def copy(self, span: tuple[Copying, int, int]) -> tuple[str, int, _Part]:
-        """Carry a span over as it is."""
+        """Carry a span over, rounded if the output dtype is another."""
         tensor, start, stop = span
-        data = np.empty(stop - start, np.uint8)
-        tensor.source.read_into(tensor.name, start, data)
-        self._sink.write(tensor.name, start, data)
-        pieces = piece_digests(data)
-        return tensor.name, data.nbytes, _Part(pieces, {id(tensor.source): pieces} if self._rehash else {})
+        read = np.empty((stop - start) * tensor.dtype.itemsize, np.uint8)
+        tensor.source.read_into(tensor.name, start * tensor.dtype.itemsize, read)
+        data = read if tensor.out == tensor.dtype else _rounded(read, tensor.dtype, tensor.out)
+        self._sink.write(tensor.name, start * tensor.out.itemsize, data)
+        own = {id(tensor.source): piece_digests(read)} if self._rehash else {}
+        return tensor.name, data.nbytes, _Part(piece_digests(data), own)
 
     def merge(self, span: Span) -> tuple[str, int, _Part]:
         """Merge, check, hash and write a span."""
@@ -186,6 +186,13 @@ class _Engine:
         rounded = round_to(merged, tensor.out)
         rounded = canonical_nan(rounded) if work.allow_nonfinite else rounded
         out.view(np.uint8)[:] = rounded.cpu().contiguous().view(torch.uint8).numpy()
+
+
+def _rounded(read: NDArray[np.uint8], dtype: DType, out: DType) -> NDArray[np.uint8]:
+    """Stored values in another dtype."""
+    wide = widened(read, dtype, DTYPES["F64"], "cpu", canonical=False)
+    rounded: NDArray[np.uint8] = round_to(wide, out).view(torch.uint8).numpy() if read.size else read
+    return rounded
 
 
 def _hashed(rows: Rows) -> dict[int, bytes]:

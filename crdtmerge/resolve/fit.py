@@ -46,13 +46,14 @@ class Merging:
 
 @dataclass(frozen=True)
 class Copying:
-    """A tensor that is carried over as it is: an integer buffer, or one left out of the merge."""
+    """A tensor that is carried over: an integer buffer, or floats left out of the merge, in the output dtype."""
 
     name: str
     shape: tuple[int, ...]
+    elements: int
     source: Source
+    dtype: DType
     out: DType
-    digest: bytes
 
 
 def fit(gathered: Gathered, recipe: Recipe, base_used: bool) -> tuple[list[Merging], list[Copying]]:
@@ -66,15 +67,15 @@ def fit(gathered: Gathered, recipe: Recipe, base_used: bool) -> tuple[list[Mergi
         holders = [one for one in compared if name in one.source.entries]
         if any(fnmatch.fnmatchcase(name, glob) for glob in recipe.exclude):
             if holders[0] is compared[0]:
-                copying.append(_copy(name, holders[0]))
+                copying.append(_copy(name, holders[0], recipe))
         elif not holders[0].source.entries[name].dtype.floating:
-            copying.append(_equal_in_all(name, holders))
+            copying.append(_equal_in_all(name, holders, recipe))
         else:
             _same_shape_and_dtype(name, holders, recipe.dtype)
             if any(holder is not gathered.base for holder in holders):
                 merging.append(_merged(name, gathered, recipe, base_used))
             else:
-                copying.append(_copy(name, holders[0]))
+                copying.append(_copy(name, holders[0], recipe))
     if not merging and not copying:
         raise MismatchError("there is no tensor to merge: the models are empty or --exclude leaves out all of them.")
     return merging, copying
@@ -110,12 +111,13 @@ def _tied(holder: Known, name: str) -> str | None:
     return next(same, None)
 
 
-def _copy(name: str, holder: Known) -> Copying:
+def _copy(name: str, holder: Known, recipe: Recipe) -> Copying:
     entry = holder.source.entries[name]
-    return Copying(name, entry.shape, holder.source, entry.dtype, holder.facts[name].digest)
+    out = DTYPES[recipe.dtype] if recipe.dtype and entry.dtype.floating else entry.dtype
+    return Copying(name, entry.shape, entry.elements, holder.source, entry.dtype, out)
 
 
-def _equal_in_all(name: str, holders: Sequence[Known]) -> Copying:
+def _equal_in_all(name: str, holders: Sequence[Known], recipe: Recipe) -> Copying:
     """The copy of an integer or bool tensor. Raises MismatchError if it is not the same everywhere."""
     first = holders[0]
     for other in holders[1:]:
@@ -126,7 +128,7 @@ def _equal_in_all(name: str, holders: Sequence[Known]) -> Copying:
                 f"{other.source.where(name)}: tensor {name!a} ({kind}) differs from that of {there}. "
                 "Integer and bool tensors are never averaged; make them equal, or leave it out with --exclude."
             )
-    return _copy(name, first)
+    return _copy(name, first, recipe)
 
 
 def _same_shape_and_dtype(name: str, holders: Sequence[Known], dtype: str | None) -> None:
@@ -141,10 +143,16 @@ def _same_shape_and_dtype(name: str, holders: Sequence[Known], dtype: str | None
                 f"{one.source.where(name)}: tensor {name!a} has shape {list(other.shape)}; {first.label} has "
                 f"{list(entry.shape)}. {hint}, or leave it out with --exclude."
             )
-        if other.dtype != entry.dtype and not (dtype and other.dtype.floating and entry.dtype.floating):
+        both_float = other.dtype.floating and entry.dtype.floating
+        if other.dtype != entry.dtype and not (dtype and both_float):
+            way_out = (
+                "Say which dtype the result shall have with --dtype."
+                if both_float
+                else "Integers are never averaged: make them one dtype and equal, or leave it out with --exclude."
+            )
             raise MismatchError(
                 f"{one.source.where(name)}: tensor {name!a} is {other.dtype.name}; in {first.label} it is "
-                f"{entry.dtype.name}. Say which dtype the result shall have with --dtype."
+                f"{entry.dtype.name}. {way_out}"
             )
 
 
@@ -180,4 +188,9 @@ def _merged(name: str, gathered: Gathered, recipe: Recipe, base_used: bool) -> M
 def _stand_in(name: str, one: Contribution, base: Source | None, recipe: Recipe) -> Source | None:
     if name in one.source.entries:
         return one.source
+    if recipe.missing == "base" and base is None:
+        raise MismatchError(
+            f"{one.source.label} lacks tensor {name!a}, and so does the base: with --missing base nothing can stand "
+            "in. Use --missing skip, or leave it out with --exclude."
+        )
     return base if recipe.missing == "base" else None

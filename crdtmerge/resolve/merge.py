@@ -61,6 +61,8 @@ class Merged(Mapping[str, "Tensor"]):
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape, data = self._memory.tensors[name]
+        if not data.size:
+            return torch.empty(shape, dtype=torch_dtype(dtype))
         merged: Tensor = torch.from_numpy(data).view(torch_dtype(dtype)).reshape(shape)
         return merged
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from crdtmerge import limits
-from crdtmerge.errors import NeedsError, ParameterError, UsageError
+from crdtmerge.errors import NeedsError, ParameterError, UsageError, some
 from crdtmerge.numerics import fused
 from crdtmerge.numerics.dtypes import DType, float_named
 from crdtmerge.numerics.guard import require_ieee
@@ -94,6 +94,9 @@ class Merge:
         self.merging, self.copying = fit(self.gathered, self.recipe, uses_base)
         self._known: list[Known] = found
         self.notes = list(self.gathered.notes)
+        left_out = set().union(*(source.entries for source in inputs)) - {name for name, _, _ in self.tensors()}
+        if left_out:
+            self.notes.append(f"not in the output, since only some models have it: {some(sorted(left_out))}")
         if base_known and not uses_base:
             self.notes.append(f"{recipe.strategy} does not use a base; only its files are carried over")
         self._files: dict[str, bytes] | None = None

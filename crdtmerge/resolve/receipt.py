@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
 from typing import Any
 
 from crdtmerge.canonical import decimal, decimal_text, digest
@@ -88,24 +87,46 @@ class Receipt:
     def from_bytes(cls, data: bytes, where: str) -> Receipt:
         """Read a receipt. Raises ReceiptError for anything that is not one, to the byte."""
         try:
-            value = json.loads(data)
-            receipt = cls(
-                Recipe.from_canonical(value["recipe"]),
-                tuple((bytes.fromhex(c["id"]), _claim(c)) for c in value["contributions"]),
-                tuple(
-                    TensorRow(t["name"], t["dtype"], tuple(t["shape"]), bytes.fromhex(t["digest"]))
-                    for t in value["tensors"]
-                ),
-                dict(value["files"]),
-                value["class"] == "E",
-                value["build"],
-            )
+            receipt = cls._from_json(json.loads(data))
             same = receipt.to_bytes() == data
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, UsageError) as fault:
+        except (*_MALFORMED, RecursionError, UsageError) as fault:
             raise ReceiptError(f"{where}: not a receipt of this program ({type(fault).__name__}: {fault}).") from None
         if not same:
             raise ReceiptError(f"{where}: its parts contradict each other: it was changed after the merge.")
         return receipt
+
+    @classmethod
+    def _from_json(cls, value: Mapping[str, Any]) -> Receipt:
+        tensors = tuple(
+            TensorRow(_text(t["name"]), _text(t["dtype"]), tuple(map(_natural, t["shape"])), _digest(t["digest"]))
+            for t in value["tensors"]
+        )
+        files = {_text(name): _text(found) for name, found in value["files"].items()}
+        contributions = tuple((_digest(c["id"]), _claim(c)) for c in value["contributions"])
+        build = value["build"] if value["build"] is None else _text(value["build"])
+        return cls(Recipe.from_canonical(value["recipe"]), contributions, tensors, files, value["class"] == "E", build)
+
+
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, AssertionError, OverflowError)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no text")
+    return value
+
+
+def _natural(value: object) -> int:
+    if type(value) is not int or not 0 <= value < 1 << 63:
+        raise ValueError(f"{value!r} is no size")
+    return value
+
+
+def _digest(value: object) -> bytes:
+    found = bytes.fromhex(_text(value))
+    if len(found) != 32:
+        raise ValueError(f"{value!r} is no digest of 32 bytes")
+    return found
 
 
 def merge_id(root: bytes, recipe: Recipe) -> bytes:
@@ -114,9 +135,8 @@ def merge_id(root: bytes, recipe: Recipe) -> bytes:
 
 
 def _claim(value: Mapping[str, Any]) -> Claim:
-    weight = decimal(value["weight"])
-    assert isinstance(weight, Decimal)
-    return Claim(weight, value["role"], value["task"])
+    task = value["task"] if value["task"] is None else _text(value["task"])
+    return Claim(decimal(_text(value["weight"])), _text(value["role"]), task)
 
 
 def json_bytes(value: object) -> bytes:

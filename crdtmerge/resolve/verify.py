@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ from crdtmerge.resolve.merging import Merge, Options
 from crdtmerge.resolve.receipt import Receipt
 from crdtmerge.resolve.sources import open_source
 from crdtmerge.strategies import registry
-from crdtmerge.weights.layout import Layout
+from crdtmerge.weights.carried import CARRIED_NAMES, read_small
+from crdtmerge.weights.layout import INDEX_NAME, Layout
 from crdtmerge.weights.place import RECEIPT_NAME
 
 
@@ -90,12 +91,8 @@ def _receipt(out: Path) -> Receipt:
 
 
 def _bounded(path: Path) -> bytes | None:
-    try:
-        if path.stat().st_size > limits.RECEIPT_BYTES_MAX:
-            raise InputError(f"{path}: larger than {limits.RECEIPT_BYTES_MAX} bytes (limits.RECEIPT_BYTES_MAX).")
-        return path.read_bytes()
-    except OSError:
-        return None
+    """The bytes of a small file, None if there is none. Raises CheckpointError: no regular file, too large."""
+    return read_small(path.parent, path.name, limits.RECEIPT_BYTES_MAX) if os.path.lexists(path) else None
 
 
 def _check_version(receipt: Receipt) -> None:
@@ -155,10 +152,9 @@ def _merge_again(out: Path, receipt: Receipt, paths: Mapping[bytes, Path], optio
         if again.to_bytes() != receipt.to_bytes():
             raise DifferentError("the receipt is not the one that this merge gives")
         if is_folder(out):
-            _compare_files(
-                out, {**one.files(), **({"model.safetensors.index.json": layout.index} if layout.index else {})}
-            )
-            _refuse_extra(out, layout)
+            beside = {**one.files(), **({INDEX_NAME: layout.index} if layout.index else {})}
+            _compare_files(out, beside)
+            _refuse_extra(out, {file.name for file in layout.files} | beside.keys())
 
 
 def _as_asked(recipe: Recipe) -> Recipe:
@@ -170,7 +166,6 @@ class _Compared:
 
     def __init__(self, layout: Layout, descriptors: Mapping[str, int]) -> None:
         self._layout, self._descriptors = layout, descriptors
-        self._local = threading.local()
 
     def write(self, name: str, offset: int, data: NDArray[np.uint8]) -> None:
         """Raise DifferentError unless the same bytes stand there."""
@@ -188,12 +183,15 @@ def _comparing(out: Path, layout: Layout) -> Iterator[_Compared]:
         for file in layout.files:
             path = out / file.name if is_folder(out) else out
             try:
-                descriptors[file.name] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW
+                descriptors[file.name] = os.open(path, flags)
             except OSError as fault:
                 raise DifferentError(f"{path}: {fault.strerror}") from None
-            size = os.fstat(descriptors[file.name]).st_size
-            if size != file.size:
-                raise DifferentError(f"{path} has {size} bytes; the merge gives {file.size}")
+            status = os.fstat(descriptors[file.name])
+            if not stat.S_ISREG(status.st_mode):
+                raise DifferentError(f"{path} is not a regular file")
+            if status.st_size != file.size:
+                raise DifferentError(f"{path} has {status.st_size} bytes; the merge gives {file.size}")
             if os.pread(descriptors[file.name], len(file.header), 0) != file.header:
                 raise DifferentError(f"the header of {path} differs")
         yield _Compared(layout, descriptors)
@@ -209,9 +207,9 @@ def _compare_files(out: Path, files: Mapping[str, bytes]) -> None:
             raise DifferentError(f"{path} is not the file that the merge carries over")
 
 
-def _refuse_extra(out: Path, layout: Layout) -> None:
-    """Other weights in the folder could be loaded in place of the merged ones."""
-    ours = {file.name for file in layout.files}
-    extra = sorted(path.name for path in out.iterdir() if path.suffix == ".safetensors" and path.name not in ours)
-    if extra or (layout.index is None and (out / "model.safetensors.index.json").exists()):
-        raise DifferentError(f"{out / (extra or ['model.safetensors.index.json'])[0]} does not belong to the merge")
+def _refuse_extra(out: Path, expected: Set[str]) -> None:
+    """Other weights or configurations in the folder could be loaded in place of those of the merge."""
+    for path in sorted(out.iterdir()):
+        loadable = path.suffix == ".safetensors" or path.name in CARRIED_NAMES or path.name == INDEX_NAME
+        if loadable and path.name not in expected:
+            raise DifferentError(f"{path} does not belong to the merge")

@@ -176,8 +176,9 @@ class MagMax(Strategy[WithLambda]):
     """MagMax: of all task vectors the element of largest magnitude, theta = theta_0 + lambda tau_(argmax_i |w_i tau_i|).
 
     Of two equal magnitudes the positive wins, so no order of contributions enters. The one strategy here that is a
-    join by itself (commutative, associative and idempotent, at weights 1 and lambda 1, for bfloat16, float16 and float32
-    weights): the positive control for everything the op set promises.
+    join by itself, commutative, associative and idempotent, at weights 1 and lambda 1, wherever theta_i - theta_0 is
+    exact in the compute dtype (as it is unless the two are many binades apart): the positive control for everything
+    that the op set promises.
     """
 
     name, version, family = "magmax", 1, "elementwise"

@@ -51,8 +51,10 @@ class Filled(Generic[P]):
         self._strategy, self._kind = strategy, kind
         self._rules: list[tuple[str, str, Any]] = []
         general: dict[str, Any] = {}
-        for name, value in _density_for_drop(strategy, kind, asked).items():
-            default, rules = _split(strategy, name, value)
+        for said, value in asked.items():
+            name, default, rules = _density_for_drop(strategy, kind, said, *_split(strategy, said, value))
+            if name in general or any(name == other for other, _, _ in self._rules):
+                raise ParameterError(f"strategy '{strategy}': {name} is said twice, also as {said}; give one of them.")
             self._rules += [(name, pattern, special) for pattern, special in rules]
             general |= {} if default is _UNSAID else {name: default}
         self.general: P = self._validated(general)
@@ -108,37 +110,41 @@ class Filled(Generic[P]):
 _UNSAID = object()
 
 
-def _split(strategy: str, name: str, value: Any) -> tuple[Any, list[tuple[str, Any]]]:
+Rules = list[tuple[str, Any]]
+
+
+def _split(strategy: str, name: str, value: Any) -> tuple[Any, Rules]:
     """A parameter as asked for -> (its general value, rules for tensors)."""
+
+    def refuse(item: object) -> ParameterError:
+        return ParameterError(f"strategy '{strategy}': {name} takes items of filter and value, not {item!r}.")
+
     if isinstance(value, Mapping) and set(value) == {"value", "where"}:
-        return value["value"], [(str(pattern), special) for pattern, special in value["where"]]
-    if not (isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value)):
+        where = value["where"]
+        if not (isinstance(where, list) and all(isinstance(rule, list) and len(rule) == 2 for rule in where)):
+            raise refuse(where)
+        return value["value"], [(str(pattern), special) for pattern, special in where]
+    if not (isinstance(value, list) and any(isinstance(item, Mapping) for item in value)):
         return value, []
-    rules: list[tuple[str, Any]] = []
+    rules: Rules = []
     for item in value:
-        if not set(item) <= {"filter", "value"} or "value" not in item:
-            raise ParameterError(f"strategy '{strategy}': {name} takes items of filter and value, not {item!r}.")
+        if not isinstance(item, Mapping) or not set(item) <= {"filter", "value"} or "value" not in item:
+            raise refuse(item)
         if item.get("filter") in (None, "*"):
             return item["value"], rules
         rules.append((str(item["filter"]), item["value"]))
     return _UNSAID, rules
 
 
-def _density_for_drop(strategy: str, kind: type[Parameters], asked: Mapping[str, Any]) -> dict[str, Any]:
-    """``drop`` read as 1 - density, where a strategy has a density."""
-    given = dict(asked)
-    if "drop" in given and "density" in kind.model_fields and "drop" not in kind.model_fields:
-        if "density" in given:
-            raise ParameterError(f"strategy '{strategy}': density and drop are two names of one thing; give one.")
-        given["density"] = _complement(strategy, given.pop("drop"))
-    return given
-
-
-def _complement(strategy: str, value: Any) -> Any:
-    if isinstance(value, list):
-        return [{**item, "value": _complement(strategy, item["value"])} for item in value]
+def _density_for_drop(
+    strategy: str, kind: type[Parameters], name: str, default: Any, rules: Rules
+) -> tuple[str, Any, Rules]:
+    """``drop`` read as 1 - density, where a strategy has a density; everything else as it is."""
+    if name != "drop" or "drop" in kind.model_fields or "density" not in kind.model_fields:
+        return name, default, rules
     try:
-        return complement(decimal(value))
+        kept = default if default is _UNSAID else complement(decimal(default))
+        return "density", kept, [(pattern, complement(decimal(special))) for pattern, special in rules]
     except ValueError as error:
         raise ParameterError(f"strategy '{strategy}': drop: {error}.") from None
 

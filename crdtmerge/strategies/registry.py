@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from crdtmerge.errors import UnknownStrategyError
@@ -25,20 +25,29 @@ BUILT_IN: dict[str, type[Strategy[Any]]] = {
 
 
 @cache
-def _installed() -> dict[str, type[Strategy[Any]]]:
-    found = {point.name: point for point in entry_points(group=GROUP) if point.name not in BUILT_IN}
-    loaded = {name: point.load() for name, point in sorted(found.items())}
-    for name, strategy in loaded.items():
-        if not (isinstance(strategy, type) and issubclass(strategy, Strategy) and strategy.name == name):
-            raise UnknownStrategyError(
-                f"the entry point '{name}' of group {GROUP} is not a Strategy class of that name; remove or mend the package."
-            )
-    return loaded
+def _installed() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP) if point.name not in BUILT_IN}
+
+
+def _loaded(name: str) -> type[Strategy[Any]]:
+    """A strategy of another package. Raises UnknownStrategyError if the package does not keep its word."""
+    try:
+        strategy = _installed()[name].load()
+    except Exception as fault:  # noqa: BLE001 - whatever another package does when it is imported
+        raise UnknownStrategyError(
+            f"strategy '{name}' cannot be loaded from {_installed()[name].value} ({type(fault).__name__}: {fault}); "
+            "mend or remove the package."
+        ) from fault
+    if not (isinstance(strategy, type) and issubclass(strategy, Strategy) and strategy.name == name):
+        raise UnknownStrategyError(
+            f"the entry point '{name}' of group {GROUP} is not a Strategy class of that name; mend or remove the package."
+        )
+    return strategy
 
 
 def names() -> list[str]:
     """All names, sorted."""
-    return sorted(BUILT_IN | _installed())
+    return sorted([*BUILT_IN, *_installed()])
 
 
 def get(name: str) -> Strategy[Any]:
@@ -47,9 +56,10 @@ def get(name: str) -> Strategy[Any]:
     >>> get("ties").reference
     'Yadav et al., NeurIPS 2023, arXiv:2306.01708'
     """
-    strategy = BUILT_IN.get(name) or _installed().get(name)
-    if strategy is None:
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
+    if name not in _installed():
         near = difflib.get_close_matches(name, names(), 1)
         hint = f" Did you mean {near[0]}?" if near else ""
         raise UnknownStrategyError(f"no strategy is called {name!r}.{hint} There are: {', '.join(names())}.")
-    return strategy()
+    return _loaded(name)()

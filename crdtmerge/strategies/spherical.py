@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 
 Gram = NDArray[np.float64]
 
+OPPOSITE = -0.9995
+"""The cosine below which two directions count as opposite."""
+
+SHORTEST_MEAN = 1e-3
+"""The length below which the mean of unit vectors has no direction to start from."""
+
 KARCHER_STEPS_MAX = 100
 KARCHER_TOLERANCE = 1e-12
 
@@ -39,8 +45,8 @@ class SlerpParameters(Parameters):
 
     reduce: Literal["karcher", "fold"] = Field("karcher", description="more than two models: their mean, or one by one")
     space: Literal["weights", "task_vectors"] = Field("weights", description="interpolate weights, or their difference")
-    dot_threshold: Share = Field(Decimal("0.9995"), description="cosine above which the linear mean is taken")
-    epsilon: Number = Field(Decimal("1e-8"), ge=0, description="norm below which a tensor has no direction")
+    dot_threshold: Share = Field(Decimal("0.9995"), description="cosine from which on the linear mean is taken")
+    epsilon: Number = Field(Decimal("1e-8"), ge=0, description="norm up to which a tensor has no direction")
 
 
 class Slerp(Strategy[SlerpParameters]):
@@ -49,8 +55,8 @@ class Slerp(Strategy[SlerpParameters]):
         cos W = <a, b> / (|a| |b|)
         theta = sin((1-t) W) / sin W * a + sin(t W) / sin W * b,      t = w_b / (w_a + w_b)
 
-    applied to the tensors as they are, not to unit vectors. Where the cosine is above ``dot_threshold``, a norm is
-    below ``epsilon`` or the tensor has one element, it is (1-t) a + t b. Opposite tensors have no shortest arc between
+    applied to the tensors as they are, not to unit vectors. Where the cosine is ``dot_threshold`` or more, a norm is
+    ``epsilon`` or less, or the tensor has one element, it is (1-t) a + t b. Opposite tensors have no shortest arc between
     them and are refused.
 
     More than two models: ``karcher`` is their weighted mean on the sphere (the m with sum_i w_i log_m(u_i) = 0), times
@@ -92,20 +98,20 @@ def arc(name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: SlerpPara
     mass = sum((Fraction(m.weight) for m in meta), Fraction(0))
     a = [nearest(Fraction(m.weight) / mass) for m in meta]
     norms = [math.sqrt(gram[i, i]) for i in range(len(a))]
-    if elements <= 1 or min(norms) < nearest(p.epsilon):
+    if elements <= 1 or min(norms) <= nearest(p.epsilon):
         return a
     cosine = [
         [max(-1.0, min(1.0, float(gram[i, j]) / (norms[i] * norms[j]))) for j in range(len(a))] for i in range(len(a))
     ]
     near = nearest(p.dot_threshold)
-    if all(cosine[i][j] > near for i in range(len(a)) for j in range(i)):
+    if all(cosine[i][j] >= near for i in range(len(a)) for j in range(i)):
         return a
     try:
         if len(a) == 2:
             return slerp(cosine[0][1], a[0], a[1], near)
         if p.reduce == "fold":
             return folded(gram, [nearest(m.weight) for m in meta], nearest(p.epsilon), near)
-        return karcher(cosine, norms, a, near)
+        return karcher(cosine, norms, a)
     except _Opposite as opposite:
         raise MismatchError(
             f"tensor {ascii(name)}: slerp has no shortest arc between opposite directions (cosine {opposite.cosine:.6f}). "
@@ -120,15 +126,15 @@ class _Opposite(Exception):
 
 def slerp(cosine: float, a: float, b: float, near: float) -> list[float]:
     """Coefficients for two vectors with shares a and b = 1 - a: sin(a W) / sin W and sin(b W) / sin W."""
-    if cosine < -near:
+    if cosine < OPPOSITE:
         raise _Opposite(cosine)
-    if cosine > near:
+    if cosine >= near:
         return [a, b]
     w = acos(cosine)
     return [sin(a * w) / sin(w), sin(b * w) / sin(w)]
 
 
-def karcher(cosine: list[list[float]], norms: list[float], a: list[float], near: float) -> list[float]:
+def karcher(cosine: list[list[float]], norms: list[float], a: list[float]) -> list[float]:
     """Coefficients of the weighted Karcher mean, by the fixed point m <- exp_m(sum_i a_i log_m(u_i)).
 
     All vectors are held as coefficients of the unit vectors u_i, whose dot products are ``cosine``.
@@ -142,12 +148,12 @@ def karcher(cosine: list[list[float]], norms: list[float], a: list[float], near:
         return [s * v for v in x]
 
     size = math.sqrt(max(dot(a, a), 0.0))
-    if size < 1.0 - near:
+    if size < SHORTEST_MEAN:
         raise _Opposite(min(cosine[i][j] for i in k for j in k))
     m = scaled(a, 1.0 / size)
     for _ in range(KARCHER_STEPS_MAX):
         p = [max(-1.0, min(1.0, dot(m, [1.0 if i == j else 0.0 for j in k]))) for i in k]
-        if min(p) < -near:
+        if min(p) < OPPOSITE:
             raise _Opposite(min(p))
         angles = [acos(v) for v in p]
         pull = [a[i] * (angles[i] / sin(angles[i]) if p[i] < 1.0 else 1.0) for i in k]
@@ -165,14 +171,14 @@ def karcher(cosine: list[list[float]], norms: list[float], a: list[float], near:
 def folded(gram: Gram, weights: list[float], epsilon: float, near: float) -> list[float]:
     """Coefficients of slerp(... slerp(slerp(x_1, x_2), x_3) ..., x_k); the left side bears the mean weight so far."""
     k = len(weights)
-    c, mass = [1.0] + [0.0] * (k - 1), weights[0]
+    c = [1.0] + [0.0] * (k - 1)
     for i in range(1, k):
+        mass = left_sum(weights[:i]) / i
         along = [left_sum(c[j] * float(gram[j, m]) for j in range(k)) for m in range(k)]
         left = math.sqrt(max(left_sum(c[m] * along[m] for m in range(k)), 0.0))
         right = math.sqrt(float(gram[i, i]))
         t = weights[i] / (mass + weights[i])
-        cosine = 1.0 if min(left, right) < epsilon else max(-1.0, min(1.0, along[i] / (left * right)))
+        cosine = 1.0 if min(left, right) <= epsilon else max(-1.0, min(1.0, along[i] / (left * right)))
         s0, s1 = slerp(cosine, 1.0 - t, t, near)
         c = [s0 * v for v in c[:i]] + [s1] + [0.0] * (k - i - 1)
-        mass = (mass + weights[i]) / 2
     return c

@@ -103,16 +103,10 @@ def leaks(output: Path, *, whole: bool) -> list[str]:
     return found
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Receipt.from_bytes lets OverflowError through: integers beyond 64 bits, ids of other lengths"
-)
 def test_a_receipt_that_does_not_hold_together_is_no_more_than_our_error(output: Path) -> None:
     assert leaks(output, whole=False) == []
 
 
-@pytest.mark.xfail(
-    strict=True, reason="Receipt.from_bytes does not check types: strategy, dtype, exclude, rules of parameters"
-)
 def test_a_receipt_that_holds_together_but_means_nothing_is_no_more_than_our_error(output: Path) -> None:
     assert leaks(output, whole=True) == []
 
@@ -152,7 +146,6 @@ def test_a_list_of_inputs_that_means_nothing_is_no_more_than_our_error(case: str
         hints.write_bytes(good)
 
 
-@pytest.mark.xfail(strict=True, reason="verify waits for a pipe in place of a receipt or of weights")
 @pytest.mark.parametrize("name", ["receipt.json", "model.safetensors"])
 def test_a_pipe_in_an_output_is_not_waited_for(name: str, output: Path, tmp_path: Path) -> None:
     here_too = tmp_path / "out"
@@ -166,7 +159,6 @@ def test_a_pipe_in_an_output_is_not_waited_for(name: str, output: Path, tmp_path
     assert done.returncode in (1, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="parameters are passed on as keywords, among those of Recipe itself")
 @pytest.mark.parametrize(
     "name", ["strategy", "version", "base", "dtype", "missing", "exclude", "allow_nonfinite", "self"]
 )
@@ -176,9 +168,6 @@ def test_a_parameter_that_no_strategy_has_is_refused_whatever_it_is_called(name:
     assert ran.json["error"]["kind"] == "ParameterError"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="lambda and lambda_ are two names of one parameter, and the last wins in silence"
-)
 def test_a_parameter_given_by_both_its_names_is_refused(output: Path) -> None:
     command = ["merge", output, "--base", output, "--strategy", "task_arithmetic"]
     assert here(*command, "--set", "lambda=1", "--set", "lambda_=2", "--json").code == 2

@@ -320,7 +320,6 @@ def test_a_refusal_without_json_is_one_line_on_stderr(tmp_path: Path) -> None:
     assert ran.err.count("\n") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="the way out of an integer against a float is said to be --dtype, which is none")
 @pytest.mark.parametrize("case", ["integers against floats", "integers against floats with a dtype"])
 def test_no_dtype_is_advised_where_none_would_help(case: str, tmp_path: Path) -> None:
     given, options, *_ = TABLE[case]

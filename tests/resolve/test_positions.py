@@ -225,9 +225,6 @@ def test_one_model_is_merged_as_any_number_is(strategy: str) -> None:
     assert all(torch.allclose(merged[name].double(), A[name].double(), atol=1e-6) for name in FILLED)
 
 
-@pytest.mark.xfail(
-    strict=True, raises=RuntimeError, reason="Merged.__getitem__ views an empty array, whose stride is 0"
-)
 def test_a_tensor_without_elements_is_read_from_a_merged_model() -> None:
     assert run([A, B], "linear")["empty"].shape == (0, 4)
 

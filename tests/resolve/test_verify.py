@@ -211,9 +211,6 @@ def test_an_index_that_is_not_the_merge_s_is_found(folder_case: Case) -> None:
     assert verdict(folder_case).code == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="verify looks for foreign weights only: a configuration added later is not found"
-)
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "chat_template.jinja"])
 def test_a_carried_file_that_the_merge_does_not_carry_is_found(name: str, folder_case: Case) -> None:
     (folder_case.out / name).write_text('{"auto_map": {"AutoModel": "evil.Model"}}')

@@ -57,11 +57,10 @@ def test_kernels_torch_and_blocks_of_any_size_give_the_same_bytes_and_the_same_p
     definition = prepared(row, dtype, shapes=LARGE)
     whole = definition.applied()
     assert equal(definition.run(), whole)
-    for stretch in (65_536, 131_072, 1 << 20):
-        for threads in (1, 2):
-            fast = prepared(row, dtype, shapes=LARGE, stretch=stretch, threads=threads, use_kernels=True)
-            assert fast.plan.digest == definition.plan.digest
-            assert equal(fast.run(), whole)
+    for stretch, threads in ((65_536, 2), (131_072, 1), (1 << 20, 2)):
+        fast = prepared(row, dtype, shapes=LARGE, stretch=stretch, threads=threads, use_kernels=True)
+        assert fast.plan.digest == definition.plan.digest
+        assert equal(fast.run(), whole)
     slow = prepared(row, dtype, shapes=LARGE, stretch=131_072)
     assert slow.plan.digest == definition.plan.digest
     assert equal(slow.run(), whole)
@@ -122,9 +121,6 @@ def test_kernels_treat_zeros_subnormals_and_ties_as_torch_does(row: Row, dtype: 
     assert equal(ready.run(use_kernels=True), ready.applied())
 
 
-@pytest.mark.xfail(
-    strict=True, reason="keep_below = 0 less one wraps around in the kernel, which then keeps everything"
-)
 @pytest.mark.parametrize("strategy", ["dare", "dare_ties"])
 def test_a_density_below_2_to_the_minus_32_drops_everything_in_kernels_too(strategy: str) -> None:
     models, base = family(2, "BF16")

@@ -277,7 +277,6 @@ def test_one_model_comes_out_as_it_went_in(dtype: str, strategy: str) -> None:
     assert equal(copied(merge([one], strategy=strategy)), copied(one))
 
 
-@pytest.mark.xfail(strict=True, reason="the stride of torch.from_numpy(an empty array) is 0, which view refuses")
 @EACH
 def test_an_empty_tensor_comes_out_empty(row: Row) -> None:
     models, base = family(2, "BF16")
@@ -307,6 +306,15 @@ def test_a_result_that_is_too_large_is_refused(monkeypatch: pytest.MonkeyPatch, 
     one: Model = {"w": torch.tensor([1.0, top, 2.0], dtype=STORED[dtype])}
     two: Model = {"w": torch.tensor([1.0, top, 3.0], dtype=STORED[dtype])}
     how: dict[str, Any] = {"base": constant(one), "lambda_": 3}
-    for strategy, params in (("task_arithmetic", {}), ("ties", {"density": 1})):
+    cases: list[tuple[str, dict[str, Any]]] = [("task_arithmetic", {}), ("ties", {"density": 1})]
+    for strategy, params in cases:
         with pytest.raises(NonFiniteError, match="tensor 'w': 1 merged values, the first at index 1, are too large"):
             merge([one, two], strategy=strategy, **how, **params)
+
+
+@pytest.mark.xfail(strict=True, reason="squares beyond float64 make every cosine 1 or 0, and slerp goes a wrong way")
+def test_slerp_scales_with_inputs_whose_squares_are_beyond_float64() -> None:
+    a, b = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([1.0, 1.0], dtype=torch.float64)
+    plain = merged("slerp", [{"w": a}, {"w": b}])["w"]
+    scaled = merged("slerp", [{"w": a * 2.0**600}, {"w": b * 2.0**600}])["w"]
+    assert torch.equal(scaled, plain * 2.0**600)

@@ -36,7 +36,7 @@ def close(one: Model, other: Model, tolerance: float) -> bool:
 
 
 @EACH
-@examples(12)
+@examples(8)
 @given(order=st.permutations(range(4)), dtype=st.sampled_from(list(STORED)))
 def test_the_order_of_arrival_changes_nothing(row: Row, order: list[int], dtype: str) -> None:
     models, base = family(4, dtype)
@@ -130,7 +130,7 @@ any_numbers = st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False
 @pytest.mark.parametrize("strategy", ["weight_average", "linear", "slerp"])
 @pytest.mark.parametrize("dtype", ["BF16", "F16", "F32"])
 @pytest.mark.parametrize("k", [2, 3, 7])
-@examples(20)
+@examples(12)
 @given(numbers=any_numbers)
 def test_means_are_idempotent_to_the_bit(strategy: str, dtype: str, k: int, numbers: list[float]) -> None:
     top = torch.finfo(STORED[dtype]).max
@@ -151,7 +151,7 @@ def joined(draw: st.DrawFn) -> tuple[list[Model], Model]:
     return made[:3], made[3]
 
 
-@examples(200)
+@examples(100)
 @given(joined())
 def test_magmax_is_commutative_associative_and_idempotent_to_the_bit(inputs: tuple[list[Model], Model]) -> None:
     (a, b, c), base = inputs
@@ -161,7 +161,7 @@ def test_magmax_is_commutative_associative_and_idempotent_to_the_bit(inputs: tup
     assert torch.equal(f(a, a)["w"], a["w"])
 
 
-@examples(100)
+@examples(60)
 @given(joined(), st.permutations(range(3)))
 def test_magmax_of_many_is_the_fold_of_magmax_of_two_in_any_order(
     inputs: tuple[list[Model], Model], order: list[int]
@@ -180,14 +180,16 @@ def test_magmax_is_a_join_of_models_that_lie_near_their_base(dtype: str) -> None
     assert equal(f(a, a), a)
 
 
-@pytest.mark.xfail(strict=True, reason="x - base is rounded where they lie far apart: base + (x - base) is not x")
 @pytest.mark.parametrize(
     ("dtype", "small", "large"), [("BF16", 2.0**-30, 1.0), ("F16", 2.0**-24, 2.0), ("F32", 2.0**-60, 1.0)]
 )
-def test_magmax_is_idempotent_for_models_far_from_their_base_too(dtype: str, small: float, large: float) -> None:
+def test_magmax_is_no_join_where_the_difference_from_the_base_is_rounded(
+    dtype: str, small: float, large: float
+) -> None:
+    """Its docstring says so: base + (x - base) is not x where they lie many binades apart."""
     one: Model = {"w": stored(np.array([small]), dtype)}
     base: Model = {"w": stored(np.array([large]), dtype)}
-    assert equal(merged("magmax", [one, one], base), one)
+    assert not equal(merged("magmax", [one, one], base), one)
 
 
 # ---------------------------------------------------------------- seeds and masks

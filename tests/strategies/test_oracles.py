@@ -149,14 +149,7 @@ def test_slerp_of_more_is_their_karcher_mean(dtype: str, k: int, equal_weights: 
         (3, ["1", "1", "1"]),
         (3, WEIGHTS[:3]),
         (7, ["1"] * 7),
-        pytest.param(
-            7,
-            WEIGHTS,
-            marks=pytest.mark.xfail(
-                strict=True,
-                reason="what the left side bears is halved with each next weight: no mean from the third on",
-            ),
-        ),
+        (7, WEIGHTS),
     ],
 )
 def test_folding_interpolates_one_by_one_with_the_mean_weight_so_far(

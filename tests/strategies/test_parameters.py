@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crdtmerge.errors import MismatchError, NeedsError, ParameterError, UnknownStrategyError, UsageError
+from crdtmerge.errors import NeedsError, ParameterError, UnknownStrategyError, UsageError
 from crdtmerge.recipe import Recipe
 from crdtmerge.resolve.merge import merge
 from crdtmerge.strategies import registry
@@ -70,8 +70,8 @@ WRONG = [
     ("ties", "lambda_", float("inf")),
     ("ties", "lambda_", "1" * 41),
     ("ties", "lambda_", "0." + "1" * 41),
-    ("ties", "lambda_", "1e321"),
-    ("ties", "lambda_", "1e-321"),
+    ("ties", "lambda_", "1e301"),
+    ("ties", "lambda_", "1e-301"),
     ("ties", "scope", "row"),
     ("ties", "elect", "max"),
     ("ties", "combine", "median"),
@@ -98,14 +98,15 @@ def test_a_value_out_of_range_or_of_the_wrong_type_is_refused_by_name(strategy: 
     assert f"strategy '{strategy}': {said}" in str(refused.value)
 
 
-@pytest.mark.parametrize("value", [1, "0.7", "1e-8", "1e320", "-1e300", "1e-320", "0." + "1" * 40, "1" * 40])
+@pytest.mark.parametrize("value", [1, "0.7", "1e-8", "9.9e300", "-1e300", "1e-300", "0." + "1" * 40, "1" * 40])
 def test_numbers_of_up_to_40_digits_are_taken_exactly(value: Any) -> None:
     assert filled("ties", lambda_=value).general.lambda_ == Decimal(str(value))
 
 
 def test_density_and_drop_are_two_names_of_one_thing() -> None:
-    with pytest.raises(ParameterError, match="density and drop are two names of one thing; give one"):
-        filled("dare", density="0.1", drop="0.9")
+    for asked in ({"density": "0.1", "drop": "0.9"}, {"drop": "0.9", "density": "0.1"}):
+        with pytest.raises(ParameterError, match=r"density is said twice, also as .*; give one of them"):
+            filled("dare", **asked)
 
 
 @pytest.mark.parametrize("strategy", ["linear", "slerp", "magmax", "task_arithmetic"])
@@ -138,9 +139,6 @@ def test_rules_that_are_malformed_are_refused(rules: list[dict[str, Any]]) -> No
         pytest.param("density", {"value": "0.5", "where": [["a"]]}, id="where-short"),
     ],
 )
-@pytest.mark.xfail(
-    strict=True, raises=(TypeError, KeyError, ValueError), reason="malformed rules raise Python's errors"
-)
 def test_malformed_rules_raise_our_errors(name: str, value: Any) -> None:
     with pytest.raises(ParameterError):
         filled("dare", **{name: value})
@@ -155,13 +153,11 @@ def test_malformed_rules_raise_our_errors(name: str, value: Any) -> None:
         ("task_arithmetic", {"lambda_": "1e309"}),
     ],
 )
-@pytest.mark.xfail(strict=True, raises=OverflowError, reason="numbers beyond float64 pass the bound of 1e320")
 def test_numbers_beyond_float64_raise_our_errors(strategy: str, how: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         merge(MODELS, strategy=strategy, base=BASE, **how)
 
 
-@pytest.mark.xfail(strict=True, raises=ZeroDivisionError, reason="sin 0 / sin 0, or 0 / (0 * 0)")
 @pytest.mark.parametrize(("name", "value"), [("dot_threshold", 1), ("epsilon", 0)])
 def test_bounds_of_slerp_that_are_allowed_can_be_used(name: str, value: int) -> None:
     """Of parallel tensors (a cosine of 1 is not above 1) and of a tensor of zeros (no norm is below 0)."""
@@ -170,13 +166,11 @@ def test_bounds_of_slerp_that_are_allowed_can_be_used(name: str, value: int) -> 
     merge([one, other], strategy="slerp", **one_of(name, value))
 
 
-@pytest.mark.xfail(strict=True, raises=MismatchError, reason="opposite is what has a cosine below -dot_threshold")
 def test_a_low_dot_threshold_does_not_make_tensors_opposite() -> None:
     one, other = {"w": torch.tensor([1.0, 0.0])}, {"w": torch.tensor([-0.6, 0.8])}
     merge([one, other], strategy="slerp", dot_threshold="0.5")
 
 
-@pytest.mark.xfail(strict=True, reason="lambda_ and lambda become one key, and one of them is dropped")
 def test_lambda_is_said_once() -> None:
     with pytest.raises(UsageError):
         merge(MODELS, strategy="ties", base=BASE, lambda_="2", **one_of("lambda", "3"))
