@@ -29,6 +29,7 @@ def _installed() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP) if point.name not in BUILT_IN}
 
 
+@cache
 def _loaded(name: str) -> type[Strategy[Any]]:
     """A strategy of another package. Raises UnknownStrategyError if the package does not keep its word."""
     try:
