@@ -131,7 +131,8 @@ def patterns(x: Tensor) -> Tensor:
 def in_float32(bits: int, last_index: int) -> tuple[int, int]:
     """A cut among float64 patterns as one among the float32 patterns of float32 values: it keeps the same elements."""
     value = np.array([bits], np.int64).view(np.float64)
-    near = value.astype(np.float32)
+    with np.errstate(over="ignore"):
+        near = value.astype(np.float32)
     own = int(near.view(np.int32)[0])
     if near[0] == value[0]:
         return own, last_index

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from crdtmerge.errors import MismatchError
+from crdtmerge.errors import MismatchError, NonFiniteError
 from crdtmerge.numerics.programs import Affine, Program
 from crdtmerge.numerics.scalars import acos, cos, left_sum, nearest, sin
 from crdtmerge.strategies.linear import divisor_of, total
@@ -95,6 +95,11 @@ class Slerp(Strategy[SlerpParameters]):
 def arc(name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: SlerpParameters) -> list[float]:
     """The coefficients c_i of one tensor. Raises MismatchError where its inputs point in opposite directions."""
     divisor_of(tuple(meta))
+    if not np.isfinite(gram).all():
+        raise NonFiniteError(
+            f"tensor {ascii(name)}: its dot products exceed float64, so slerp knows no angle. Scale the weights down, or "
+            "leave the tensor out with --exclude."
+        )
     mass = sum((Fraction(m.weight) for m in meta), Fraction(0))
     a = [nearest(Fraction(m.weight) / mass) for m in meta]
     norms = [math.sqrt(gram[i, i]) for i in range(len(a))]

@@ -408,6 +408,68 @@ def test_the_counts_of_a_last_pass_name_the_stretch_and_the_tie(values: list[int
     assert (bits, ties[rank - 1]) == (values[at], at)
 
 
+def counted(patterns: list[int], search: Search) -> NDArray[np.int64]:
+    """A pass over patterns, in Python."""
+    counts = np.zeros(search.steps + 1, np.int64)
+    for one in patterns:
+        if one >= search.hi:
+            counts[-1] += 1
+        elif one >= search.lo:
+            counts[(one - search.lo) >> search.shift] += 1
+    return counts
+
+
+close_by = st.integers(0, 5).map(lambda step: 0x3F800000 + step)
+
+
+@examples(400)
+@given(
+    patterns=st.lists(st.one_of(close_by, st.integers(0, TOP["F32"] - 1)), min_size=1, max_size=12),
+    k=st.integers(1, 12),
+    low=st.one_of(close_by, st.integers(0, TOP["F32"] - 1)),
+    width=st.one_of(st.integers(1, 8), st.integers(1, TOP["F32"])),
+)
+def test_a_search_from_any_guess_ends_at_the_kth_largest_pattern(
+    patterns: list[int], k: int, low: int, width: int
+) -> None:
+    """The edges of a range and of its steps are where it could go wrong: some patterns lie on them."""
+    k = min(k, len(patterns))
+    wanted = sorted(patterns, reverse=True)[k - 1]
+    search = Search.over(k, TOP["F32"]).guess(low, low + width)
+    for _ in range(8):
+        if search.collects:
+            assert search.above is not None
+            inside = sorted((one for one in patterns if search.lo <= one < search.hi), reverse=True)
+            assert inside[k - search.above - 1] == wanted
+            return
+        found = search.found([counted(patterns, search)]) if search.last else None
+        if found:
+            assert found[0] == wanted
+            return
+        search = search.narrow(counted(patterns, search))
+    raise AssertionError("a search takes few passes")
+
+
+@examples(200)
+@given(
+    patterns=st.lists(st.integers(0, TOP["F32"] - 1), min_size=2, max_size=10, unique=True),
+    k=st.integers(1, 10),
+    end=st.integers(0, 9),
+    edge=st.integers(0, 1),
+)
+def test_a_guess_that_ends_at_an_element_or_just_below_it_is_no_trap(
+    patterns: list[int], k: int, end: int, edge: int
+) -> None:
+    k, high = min(k, len(patterns)), patterns[end % len(patterns)] + edge
+    if high == 0:
+        return
+    wanted = sorted(patterns, reverse=True)[k - 1]
+    search = Search.over(k, TOP["F32"]).guess(0, high)
+    search = search.narrow(counted(patterns, search))
+    assert search.lo <= wanted < search.hi
+    assert search.above == sum(one >= search.hi for one in patterns)
+
+
 def test_the_largest_elements_are_told_by_their_flat_index_in_any_block() -> None:
     tau = torch.tensor([1.0, -2.0, 1.0, 0.5, 1.0])
     cut = (pattern(1.0, "F32"), 102)

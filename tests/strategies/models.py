@@ -210,8 +210,8 @@ def merged(strategy: str | Strategy[Any], models: Sequence[Model], base: Model |
 
 
 def copied(one: Mapping[str, torch.Tensor]) -> Model:
-    """What a merge returned, or any other model, without the empty tensor."""
-    return {name: one[name].clone() for name in one if name != "empty"}
+    """The tensors of what a merge returned."""
+    return {name: one[name].clone() for name in one}
 
 
 def equal(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> bool:
