@@ -197,7 +197,7 @@ def affine(xs, base, out, weights, divisor, divides, on_base, scale, kin, kout):
 
 @compiled
 def _philox_words(first, stream, out):
-    """Words of the elements 4 * first, ... into out (a multiple of four of them)."""
+    """The words of the blocks first, first + 1, ... of a stream, four a block."""
     mask, s32 = np.uint64(0xFFFFFFFF), np.uint64(32)
     m0, m1 = np.uint64(0xD2511F53), np.uint64(0xCD9E8D57)
     w0, w1 = np.uint64(0x9E3779B9), np.uint64(0xBB67AE85)
@@ -215,6 +215,32 @@ def _philox_words(first, stream, out):
         out[4 * q + 2], out[4 * q + 3] = np.uint32(x2), np.uint32(x3)
 
 
+@compiled
+def _drop(tau, stream, start, m, keep_below, rescale, zero, high, low):
+    """Keep the elements of a tile whose random word is below a bound; lower halves are drawn only for a tie."""
+    used = (m + 7) // 8 * 4
+    _philox_words(start // 8, stream, high[:used])
+    upper = high.view(np.uint16)
+    bound = np.uint32(keep_below >> np.uint64(16))
+    rest = np.uint32(keep_below & np.uint64(0xFFFF))
+    tied = np.uint32(0)
+    if rest > 0:
+        for j in range(m):
+            tied = np.uint32(tied | np.uint32(np.uint32(upper[j]) == bound))
+    if tied:
+        other = stream.copy()
+        other[3] = other[3] ^ np.uint32(1)
+        _philox_words(start // 8, other, low[:used])
+        lower = low.view(np.uint16)
+        for j in range(m):
+            own = np.uint32(upper[j])
+            kept = (own < bound) | ((own == bound) & (np.uint32(lower[j]) < rest))
+            tau[j] = tau[j] * rescale if kept else zero
+    else:
+        for j in range(m):
+            tau[j] = tau[j] * rescale if np.uint32(upper[j]) < bound else zero
+
+
 NO_ELECTION, BY_SUM, BY_COUNT = 0, 1, 2
 SUM, MEAN, MAX = 0, 1, 2
 ELECT = {"none": NO_ELECTION, "sum": BY_SUM, "count": BY_COUNT}
@@ -227,7 +253,7 @@ def consensus(xs, base, out, start, weights, cuts, streams, keep_below, rescale,
     k, n = xs.shape
     b, total, mass = computed(xs, TILE), computed(xs, TILE), computed(xs, TILE)
     taus = computed(xs, k * TILE).reshape(k, TILE)
-    words = np.empty(TILE, np.uint32)
+    high, low = np.empty(TILE // 2, np.uint32), np.empty(TILE // 2, np.uint32)
     zero, one = scalar(xs, 0), scalar(xs, 1)
     for t in range(0, n, TILE):
         m = min(TILE, n - t)
@@ -247,10 +273,7 @@ def consensus(xs, base, out, start, weights, cuts, streams, keep_below, rescale,
                     kept = (own > bits) | ((own == bits) & (j <= last))
                     tau[j] = tau[j] if kept else zero
             if streams.shape[0] > 0:
-                _philox_words((start + t) // 4, streams[i], words[: (m + 3) // 4 * 4])
-                limit, some = np.uint32(keep_below - np.uint64(1)), keep_below > np.uint64(0)
-                for j in range(m):
-                    tau[j] = tau[j] * rescale if some & (words[j] <= limit) else zero
+                _drop(tau, streams[i], start + t, m, keep_below, rescale, zero, high, low)
             if w != one:
                 for j in range(m):
                     tau[j] = tau[j] * w

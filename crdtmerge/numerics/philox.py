@@ -1,8 +1,11 @@
 """Counter-based random bits: Philox4x32-10, so that element i of a tensor has the same bits wherever it is computed.
 
 A stream is named by (seed, purpose, contribution, tensor). Its name is hashed to 128 bits: a 64-bit key and the
-upper half of the counter. The flat index of an element picks its word: element i takes word i mod 4 of the block
-with counter i div 4. No state, no order, no generator to share.
+upper half of the counter. The flat index i of an element picks its random word of 32 bits: the upper half is half-word
+i mod 8 of the block with counter i div 8 (the lower half of a word comes before its upper half), the lower half the
+same half-word of the block whose counter differs in the lowest bit of its last word. So whoever compares words with a
+bound needs the lower halves only where an upper half ties: once in 65,536 elements. No state, no order, no generator
+to share.
 
 Source: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 """
@@ -46,10 +49,16 @@ def words(s: Stream, start: int, stop: int, device: torch.device | str = "cpu") 
     >>> bool((words(s, 0, 10)[3:7] == words(s, 3, 7)).all())
     True
     """
-    first, last = start // 4, -(-stop // 4)
+    first, last = start // 8, -(-stop // 8)
     index = torch.arange(first, last, dtype=torch.int64, device=device)
-    block = philox(index & MASK, index >> 32, s)
-    return torch.stack(block, dim=1).reshape(-1)[start - 4 * first : stop - 4 * first]
+    upper, lower = (_halves(philox(index & MASK, index >> 32, one)) for one in (s, s._replace(c3=s.c3 ^ 1)))
+    return ((upper << 16) | lower)[start - 8 * first : stop - 8 * first]
+
+
+def _halves(block: tuple[Tensor, ...]) -> Tensor:
+    """The half-words of blocks: four words [n] -> [8 n], each word's lower half first."""
+    words = torch.stack(block, dim=1).reshape(-1)
+    return torch.stack([words & 0xFFFF, words >> 16], dim=1).reshape(-1)
 
 
 def philox(low: Tensor, high: Tensor, s: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:

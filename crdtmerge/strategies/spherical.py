@@ -95,15 +95,17 @@ class Slerp(Strategy[SlerpParameters]):
 def arc(name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: SlerpParameters) -> list[float]:
     """The coefficients c_i of one tensor. Raises MismatchError where its inputs point in opposite directions."""
     divisor_of(tuple(meta))
+    mass = sum((Fraction(m.weight) for m in meta), Fraction(0))
+    a = [nearest(Fraction(m.weight) / mass) for m in meta]
+    if len(a) == 1 or elements <= 1:
+        return a
     if not np.isfinite(gram).all():
         raise NonFiniteError(
             f"tensor {ascii(name)}: its dot products exceed float64, so slerp knows no angle. Scale the weights down, or "
             "leave the tensor out with --exclude."
         )
-    mass = sum((Fraction(m.weight) for m in meta), Fraction(0))
-    a = [nearest(Fraction(m.weight) / mass) for m in meta]
     norms = [math.sqrt(gram[i, i]) for i in range(len(a))]
-    if elements <= 1 or min(norms) <= nearest(p.epsilon):
+    if min(norms) <= nearest(p.epsilon):
         return a
     cosine = [
         [max(-1.0, min(1.0, float(gram[i, j]) / (norms[i] * norms[j]))) for j in range(len(a))] for i in range(len(a))

@@ -33,8 +33,12 @@ def name(seed: bytes, purpose: str, contribution: bytes, tensor: str) -> Words:
 def word(stream: Words, element: int) -> int:
     """The random word of one element."""
     k0, k1, c2, c3 = stream
-    block, lane = divmod(element, 4)
-    return philox((block % 2**32, block // 2**32, c2, c3), (k0, k1))[lane]
+    block, half = divmod(element, 8)
+    upper, lower = (
+        philox((block % 2**32, block // 2**32, c2, last), (k0, k1))[half // 2] >> 16 * (half % 2) & 0xFFFF
+        for last in (c3, c3 ^ 1)
+    )
+    return upper << 16 | lower
 
 
 def kept(stream: Words, density: Fraction, start: int, stop: int) -> list[bool]:

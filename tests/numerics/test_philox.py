@@ -74,10 +74,26 @@ def test_any_cut_of_a_tensor_gives_the_same_words(s: Stream, cuts: list[int], of
 
 @examples(60)
 @given(streams, st.one_of(st.integers(0, 100), st.integers(2**32 - 5, 2**32 + 5), st.integers(0, 2**60)))
-def test_the_kernel_draws_the_words_of_the_definition(s: Stream, first: int) -> None:
+def test_the_kernel_draws_the_blocks_of_the_definition(s: Stream, first: int) -> None:
     out = np.empty(40, np.uint32)
     kernels._philox_words(first, np.array(s, np.uint32), out)
-    assert out.tolist() == philox.words(s, 4 * first, 4 * first + 40).tolist()
+    index = torch.arange(first, first + 10)
+    assert out.tolist() == torch.stack(philox.philox(index & philox.MASK, index >> 32, s), dim=1).reshape(-1).tolist()
+
+
+@examples(40)
+@given(streams, st.integers(0, 7), st.integers(1, 3000))
+def test_the_kernel_keeps_what_is_below_the_bound_also_where_upper_halves_tie(s: Stream, at: int, count: int) -> None:
+    start = 8 * 1024 * at
+    words = philox.words(s, start, start + count).numpy()
+    for bound in (int(words[count // 2]), int(words[0]) + 1, 0, 1 << 32, 1 << 31, (1 << 31) + 1):
+        tau = np.arange(1, count + 1, dtype=np.float32)
+        for tile in range(0, count, kernels.TILE):
+            part = tau[tile : tile + kernels.TILE]
+            halves = [np.empty(kernels.TILE // 2, np.uint32) for _ in range(2)]
+            stream, zero, twice = np.array(s, np.uint32), np.float32(0), np.float32(2)
+            kernels._drop(part, stream, start + tile, part.size, np.uint64(bound), twice, zero, *halves)
+        assert (tau == np.where(words < bound, 2 * np.arange(1, count + 1), 0)).all()
 
 
 names = st.tuples(st.binary(max_size=40), st.text(max_size=8), st.binary(max_size=40), st.text(max_size=20))
