@@ -25,10 +25,10 @@ def tell(text: str = "") -> None:
 
 
 def printable(text: str) -> str:
-    """A text in which no file's or tensor's name can move the cursor, change colours or fail to be encoded.
+    r"""A text in which no file's or tensor's name can move the cursor, change colours or fail to be encoded.
 
-    >>> printable("a\x1b[31m")
-    'a\\x1b[31m'
+    >>> print(printable("a\x1b[31m"))
+    a\x1b[31m
     """
     return "".join(
         c if c.isprintable() or c == "\n" else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text

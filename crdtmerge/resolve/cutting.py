@@ -34,7 +34,8 @@ Found = tuple[Counts, Counts]
 """Patterns, and the flat indices at which they were found."""
 
 SPAN_STRETCHES = 16
-"""Stretches of one piece of work: its result is one histogram a contribution."""
+"""Stretches of one piece of work, whose result is one histogram a contribution. A last reading goes stretch by stretch:
+its histograms are small, and the one that holds the cut is read once more to find it."""
 
 SAMPLE_ELEMENTS = 1 << 15
 SAMPLE_SPANS = 16, 256
@@ -186,7 +187,8 @@ class Cutter:
     def _read(self, searches: Mapping[int, Search]) -> dict[int, Evidence]:
         """One reading of the group, for all searches at once."""
         evidence = {member: Evidence(search) for member, search in searches.items()}
-        pieces = (s for t in self._group.tensors for s in spans(t, SPAN_STRETCHES * self._stretch))
+        stretches = 1 if any(search.last for search in searches.values()) else SPAN_STRETCHES
+        pieces = (span for tensor in self._group.tensors for span in spans(tensor, stretches * self._stretch))
         for span, looked in self._workers.map(partial(self._look, dict(searches)), pieces):
             for member, result in looked.items():
                 evidence[member].add(span, result)
