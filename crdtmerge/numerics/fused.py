@@ -151,8 +151,9 @@ def _collect(
     x: Raw, base: Raw, search: Search, dtype: DType, wide: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     module = _loaded()
+    capacity = x.size if search.inside is None else min(x.size, search.inside)
     found: tuple[NDArray[np.int64], NDArray[np.int64]] = module.collect(
-        x, base, search.lo, search.hi, module.KINDS[dtype.name], wide
+        x, base, search.lo, search.hi, capacity, module.KINDS[dtype.name], wide
     )
     return found
 

@@ -476,20 +476,32 @@ def count(x, base, lo, hi, shift, counts, kin, wide):
 
 
 @compiled
-def collect(x, base, lo, hi, kin, wide):
-    """Patterns of |x - base| in [lo, hi) and their indices in x, as two int64 arrays."""
+def collect(x, base, lo, hi, capacity, kin, wide):
+    """Patterns of |x - base| in [lo, hi) and their indices in x, as two int64 arrays; at most ``capacity`` of them."""
     n = x.shape[0]
+    found, at = np.empty(capacity, np.int64), np.empty(capacity, np.int64)
+    from_lo = np.empty(TILE, np.uint64)
+    width = np.uint64(hi - lo)
     total = 0
-    for j in range(n):
-        own = _pattern(x[j], base[j], kin, wide)
-        total += (own >= lo) & (own < hi)
-    found = np.empty(total, np.int64)
-    at = np.empty(total, np.int64)
-    total = 0
-    for j in range(n):
-        own = _pattern(x[j], base[j], kin, wide)
-        if (own >= lo) & (own < hi):
-            found[total] = own
-            at[total] = j
-            total += 1
-    return found, at
+    for t in range(0, n, TILE):
+        m = min(TILE, n - t)
+        own, o = x[t : t + m], base[t : t + m]
+        if wide:
+            for j in range(m):
+                from_lo[j] = np.uint64(_pattern(own[j], o[j], kin, True) - lo)
+        else:
+            for j in range(m):
+                from_lo[j] = np.uint64(_pattern(own[j], o[j], kin, False) - lo)
+        for j in range(m, TILE):
+            from_lo[j] = width
+        for g in range(0, TILE, GROUP):
+            inside = np.uint32(0)
+            for j in range(g, g + GROUP):
+                inside = np.uint32(inside | np.uint32(from_lo[j] < width))
+            if inside:
+                for j in range(g, g + GROUP):
+                    if from_lo[j] < width:
+                        found[total] = np.int64(from_lo[j]) + lo
+                        at[total] = t + j
+                        total += 1
+    return found[:total].copy(), at[:total].copy()
