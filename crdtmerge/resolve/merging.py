@@ -26,7 +26,7 @@ from crdtmerge.resolve.engine import Digests, Sink, Work, check_inputs, run
 from crdtmerge.resolve.fit import fit
 from crdtmerge.resolve.gather import Gathered, Known, gather, known, refuse_nonfinite
 from crdtmerge.resolve.receipt import Receipt, TensorRow, inputs_bytes
-from crdtmerge.resolve.sources import Source, open_source
+from crdtmerge.resolve.sources import FileSource, Source, open_source
 from crdtmerge.resolve.view import TensorView
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
@@ -77,7 +77,7 @@ class Merge:
         self.workers = self._open.enter_context(Workers(self.options.threads))
         self.sources = [self._opened(model, f"model {i + 1}") for i, (model, _) in enumerate(models)]
         self.base_source = self._opened(base, "the base") if base is not None else None
-        inputs = [*self.sources, *([self.base_source] if self.base_source else [])]
+        inputs = self._inputs
         self._total = sum(entry.nbytes for source in inputs for entry in source.entries.values())
         read = self._progress("reading", self._total)
         found = [known(source, self.workers, self.options.cache, read) for source in inputs]
@@ -119,7 +119,11 @@ class Merge:
     @property
     def bytes_read(self) -> int:
         """Bytes read from all sources so far."""
-        return sum(source.bytes_read for source in [*self.sources, *([self.base_source] if self.base_source else [])])
+        return sum(source.bytes_read for source in self._inputs)
+
+    @property
+    def _inputs(self) -> list[Source]:
+        return [*self.sources, *([self.base_source] if self.base_source else [])]
 
     def tensors(self) -> list[tuple[str, DType, tuple[int, ...]]]:
         """The output's tensors in the order of their names."""
@@ -150,10 +154,8 @@ class Merge:
             digests = self._run(sink, stretch, kernels)
         finally:
             _restore(threads)
-        for source in self.sources:
+        for source in self._inputs:
             source.check_unchanged()
-        if self.base_source:
-            self.base_source.check_unchanged()
         return self._receipt(digests, folder)
 
     def _run(self, sink: Sink, stretch: int, kernels: fused.Kernels | None) -> Digests:
@@ -209,7 +211,7 @@ class Merge:
         )
 
     def inputs(self) -> bytes:
-        """``inputs.json``: where the contents were found, as absolute paths."""
+        """``inputs.json``: where the contents were found, as absolute paths; null for those that were in memory."""
         base = (self.gathered.base.id, _path(self.gathered.base.source)) if self.gathered.base else None
         return inputs_bytes([(one.id, _path(one.source)) for one in self.gathered.contributions], base)
 
@@ -226,8 +228,8 @@ class Merge:
         self.close()
 
 
-def _path(source: Source) -> str:
-    return str(Path(source.label).resolve())
+def _path(source: Source) -> str | None:
+    return str(Path(source.label).resolve()) if isinstance(source, FileSource) else None
 
 
 def _torch_threads() -> int | None:

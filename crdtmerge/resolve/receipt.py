@@ -144,8 +144,8 @@ def json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
-def inputs_bytes(contributions: Sequence[tuple[bytes, str]], base: tuple[bytes, str] | None) -> bytes:
-    """``inputs.json``: content ids to the paths where they were found."""
+def inputs_bytes(contributions: Sequence[tuple[bytes, str | None]], base: tuple[bytes, str | None] | None) -> bytes:
+    """``inputs.json``: content ids to the paths where they were found, null for what was in memory."""
     return json_bytes(
         {
             "base": {"id": base[0].hex(), "path": base[1]} if base else None,

@@ -114,7 +114,7 @@ def _hinted(out: Path) -> list[Path]:
     try:
         hints: Mapping[str, Any] = json.loads(data)
         rows = [*hints["contributions"], *([hints["base"]] if hints["base"] else [])]
-        return [Path(row["path"]) for row in rows]
+        return [Path(row["path"]) for row in rows if row["path"] is not None]
     except (ValueError, KeyError, TypeError, RecursionError) as fault:
         raise DifferentError(f"{path}: not a list of inputs ({type(fault).__name__}: {fault})") from None
 
@@ -136,7 +136,8 @@ def _found(receipt: Receipt, paths: Sequence[Path], threads: int | None) -> dict
                 faults.append(str(fault))
     missing = sorted(wanted - found.keys())
     if missing:
-        seen = "; ".join(faults) or f"none of {', '.join(map(str, paths))} holds it any more"
+        where = f"none of {', '.join(map(str, paths))} holds it any more" if paths else "no path of it is known"
+        seen = "; ".join(faults) or where
         raise UnknownError(f"the input {missing[0].hex()[:16]} is missing: {seen}")
     return {content: found[content] for content in wanted}
 

@@ -10,9 +10,13 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from crdtmerge.resolve import merging
+from crdtmerge.resolve.merge import merge
+from crdtmerge.resolve.verify import verify
 from crdtmerge.weights.layout import plan_output
 from tests.resolve import forging, models
 from tests.resolve.running import Ran, here, process
@@ -337,3 +341,15 @@ def test_the_command_ends_with_the_code_of_its_answer(folder_case: Case) -> None
     assert (found.code, found.out.partition(":")[0]) == (1, "different")
     folder_case.receipt.unlink()
     assert process("verify", folder_case.out).code == 2
+
+
+def test_what_was_in_memory_has_no_path_and_can_be_verified_against_files(tmp_path: Path) -> None:
+    a, b = {"w": np.float32([1, 3])}, {"w": np.float32([3, 5])}
+    merge([a, b], strategy="linear").save(tmp_path / "out")
+    hints = json.loads((tmp_path / "out" / "inputs.json").read_bytes())
+    assert [row["path"] for row in hints["contributions"]] == [None, None]
+    assert verify(tmp_path / "out").answer == "unknown"
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for state, path in zip((a, b), paths, strict=True):
+        save_file(state, path)
+    assert verify(tmp_path / "out", paths).answer == "same"
