@@ -9,10 +9,17 @@
     │   ├── CheckpointError   a checkpoint folder: index, shards, links, unsupported formats
     │   ├── ChangedError      a file changed while it was read
     │   ├── NonFiniteError    NaN or infinity in weights
-    │   └── ReceiptError      a receipt that cannot be read
+    │   ├── ReceiptError      a receipt that cannot be read
+    │   ├── KeyFileError      a key file that cannot be read
+    │   ├── OpError           a signed operation that breaks a rule of its pool
+    │   ├── BundleError       an exported state that cannot be read
+    │   └── ReplicaError      a replica's folder: missing, damaged, of another kind
     ├── MismatchError         inputs that do not fit each other: names, shapes, dtypes, buffers
+    │   └── PoolMismatchError replicas or states of different pools
+    ├── NotAllowedError       the pool gives this key no right to do that
     ├── NeedsError            a strategy lacks an input that it needs
     ├── OutputError           the output cannot be written there
+    ├── StorageError          a replica's disk: full, over its quota, failing
     └── PlatformError         this machine or process cannot promise the same bytes
 
 Rules: a message says what, where, the values and what to do. Bad input raises one of these; a broken
@@ -62,8 +69,32 @@ class ReceiptError(InputError):
     """A receipt or the list of inputs beside it cannot be read."""
 
 
+class KeyFileError(InputError):
+    """A key file cannot be read."""
+
+
+class OpError(InputError):
+    """A signed operation is malformed or breaks a rule of its pool."""
+
+
+class BundleError(InputError):
+    """An exported state cannot be read, or its parts contradict each other."""
+
+
+class ReplicaError(InputError):
+    """A replica's folder is missing, damaged or of another kind."""
+
+
 class MismatchError(CrdtMergeError):
     """Inputs do not fit each other: names, shapes, dtypes or integer buffers."""
+
+
+class PoolMismatchError(MismatchError):
+    """Replicas or states belong to different pools and cannot be joined."""
+
+
+class NotAllowedError(CrdtMergeError):
+    """The pool gives this key no right to do that."""
 
 
 class NeedsError(CrdtMergeError):
@@ -72,6 +103,10 @@ class NeedsError(CrdtMergeError):
 
 class OutputError(CrdtMergeError):
     """The output cannot be written where it was asked for."""
+
+
+class StorageError(CrdtMergeError):
+    """A replica cannot be written: its disk is full or failing, or its quota is reached."""
 
 
 class PlatformError(CrdtMergeError):

@@ -45,3 +45,27 @@ KERNEL_BYTES_MIN = 64 * MIB
 
 CONTRIBUTIONS_MAX = 10_000
 """Contributions of one merge: the pairwise dot products of slerp grow with the square."""
+
+OP_BYTES_MAX = 64 * KIB
+"""A signed operation: real ones take 300 bytes; 256 parents and a long recipe fit."""
+
+PARENTS_MAX = 256
+"""Operations that one operation refers to directly: heads of a set that grew in parallel, dots it removes."""
+
+NOTE_BYTES_MAX = 1 * KIB
+"""A note or a reason: a paragraph."""
+
+NAMED_MAX = 64
+"""Statistics or files of one contribution: the allow-list of files has some 30 names."""
+
+NAME_BYTES_MAX = 128
+"""The name of a task, a statistic or a carried file."""
+
+MANIFEST_BYTES_MAX = 64 * MIB
+"""A manifest or a genesis record: some 150 bytes for each tensor."""
+
+BUNDLE_OPS_MAX = 10_000_000
+"""Operations of one exported state: 3 GB of them."""
+
+CURATORS_MAX = 64
+"""Curators named in a genesis record: people, not machines."""

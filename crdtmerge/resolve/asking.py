@@ -7,10 +7,12 @@ from decimal import Decimal
 from typing import Any
 
 from crdtmerge.canonical import complement, decimal
-from crdtmerge.errors import UsageError
+from crdtmerge.errors import NeedsError, UsageError
 from crdtmerge.numerics.dtypes import float_named
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import Claim
+from crdtmerge.strategies import registry
+from crdtmerge.strategies.parameters import Filled
 
 
 def claims(
@@ -57,6 +59,25 @@ def recipe_of(strategy: str, params: Mapping[str, Any], **options: Any) -> tuple
         named = float_named(str(options["dtype"]))
         options["dtype"] = named.name if named else options["dtype"]
     return Recipe.of(strategy, own, seed=seed, **options), t
+
+
+def completed(recipe: Recipe, base: bytes | None) -> Recipe:
+    """The recipe with version, all parameters and the base's content id. Raises UsageError, NeedsError."""
+    strategy = registry.get(recipe.strategy)
+    params: Filled[Any] = Filled(recipe.strategy, strategy.Params, recipe.params)
+    if base is None and any(strategy.needs(p).base == "required" for p in params.variants()):
+        raise NeedsError(f"strategy '{recipe.strategy}' needs a base: the model from which all were fine-tuned.")
+    return recipe.completed(strategy.version, params.canonical, base)
+
+
+def refuse_version(recipe: Recipe) -> None:
+    """Raise UsageError unless this program has the strategy of a complete recipe in the same version."""
+    version = registry.get(recipe.strategy).version
+    if version != recipe.version:
+        raise UsageError(
+            f"the recipe names version {recipe.version} of {recipe.strategy}; this program has version {version}, "
+            "whose bytes differ. Use a program with that version, or give the pool another recipe."
+        )
 
 
 def pair_weights(t: Decimal, count: int, weighted: bool) -> tuple[Decimal, Decimal]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from crdtmerge.errors import NonFiniteError, UsageError
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.replica import trie
-from crdtmerge.replica.contribution import Claim, Row, content_id, leaf
+from crdtmerge.replica.contribution import Claim, Manifest, Row, leaf
 from crdtmerge.resolve.sources import Progress, Source
 from crdtmerge.strategies.protocol import Meta
 from crdtmerge.weights.cache import DigestCache
@@ -21,11 +21,16 @@ from crdtmerge.weights.facts import Facts
 
 @dataclass(frozen=True)
 class Known:
-    """A source with its facts and content id."""
+    """A source with its facts and manifest."""
 
     source: Source
     facts: dict[str, Facts]
-    id: bytes
+    manifest: Manifest
+
+    @property
+    def id(self) -> bytes:
+        """The content id."""
+        return self.manifest.id
 
 
 @dataclass(frozen=True)
@@ -62,10 +67,10 @@ class Gathered:
 
 
 def known(source: Source, workers: Workers, cache: DigestCache | None, progress: Progress) -> Known:
-    """Read a source once (or ask the cache): its facts and content id."""
+    """Read a source once (or ask the cache): its facts and manifest."""
     facts = source.facts(workers, cache, progress)
     rows = [Row(name, entry.dtype.name, entry.shape, facts[name].digest) for name, entry in source.entries.items()]
-    return Known(source, facts, content_id(rows))
+    return Known(source, facts, Manifest(tuple(rows)))
 
 
 def gather(models: Sequence[tuple[Known, Claim]], base: Known | None) -> Gathered:

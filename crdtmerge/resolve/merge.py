@@ -23,6 +23,7 @@ from crdtmerge.numerics.dtypes import DType
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.rounding import torch_dtype
 from crdtmerge.recipe import Recipe
+from crdtmerge.replica.contribution import Claim
 from crdtmerge.resolve.asking import claims, recipe_of
 from crdtmerge.resolve.merging import Merge, Model, Options
 from crdtmerge.resolve.receipt import Receipt
@@ -151,7 +152,12 @@ def merge(
         recipe, t = recipe_of(strategy, params, **asked)
     said = claims(len(models), weights=weights, t=t, roles=roles, tasks=tasks)
     options = Options(threads=threads, device=device, rehash=rehash, cache=DigestCache())
-    with Merge(list(zip(models, said, strict=True)), recipe, base, options) as one:
+    return into_memory(list(zip(models, said, strict=True)), recipe, base, options)
+
+
+def into_memory(models: Sequence[tuple[Model, Claim]], recipe: Recipe, base: Model | None, options: Options) -> Merged:
+    """Merge models with their claims into memory."""
+    with Merge(models, recipe, base, options) as one:
         memory = Memory(one.tensors())
         receipt = one.run(memory, folder=True)
         return Merged(receipt, memory, one.files(), one.inputs(), one.notes)

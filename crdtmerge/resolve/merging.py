@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -26,17 +25,17 @@ from crdtmerge.resolve.engine import Digests, Sink, Work, check_inputs, run
 from crdtmerge.resolve.fit import fit
 from crdtmerge.resolve.gather import Gathered, Known, gather, known, refuse_nonfinite
 from crdtmerge.resolve.receipt import Receipt, TensorRow, inputs_bytes
-from crdtmerge.resolve.sources import FileSource, Source, open_source
+from crdtmerge.resolve.sources import Source, open_source
 from crdtmerge.resolve.view import TensorView
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
 from crdtmerge.strategies.protocol import Needs, Rng
 from crdtmerge.weights.cache import DigestCache
-from crdtmerge.weights.carried import carried_files
+from crdtmerge.weights.carried import with_dtype
 from crdtmerge.weights.layout import Layout, plan_output
 
 Model = Any
-"""A path to a checkpoint, or a mapping of names to torch tensors or numpy arrays."""
+"""A path to a checkpoint, a mapping of names to torch tensors or numpy arrays, or a ``Source``."""
 
 ROWS_BYTES = 64 * limits.MIB
 """Above this many bytes of input rows a thread, stretches get shorter."""
@@ -135,12 +134,13 @@ class Merge:
         return plan_output(self.tensors(), single_file=single_file)
 
     def files(self) -> dict[str, bytes]:
-        """Configuration and tokenizer files for a folder: the base's, else the first folder's in canonical order."""
+        """Configuration and tokenizer files for a folder: the base's, else the first that are in canonical order."""
         if self._files is None:
-            ordered = [self.base_source] if self.base_source else [one.source for one in self.gathered.contributions]
-            folder = next((source.folder for source in ordered if source and source.folder), None)
+            ordered = [self.base_source, *(one.source for one in self.gathered.contributions)]
+            found = (source.carried() for source in ordered if source)
+            files, notes = next(((files, notes) for files, notes in found if files), ({}, []))
             dtype = float_named(self.recipe.dtype or "")
-            self._files, notes = carried_files(folder, dtype.torch_name if dtype else None)
+            self._files = with_dtype(files, dtype.torch_name if dtype else None)
             self.notes += notes
         return self._files
 
@@ -229,7 +229,7 @@ class Merge:
 
 
 def _path(source: Source) -> str | None:
-    return str(Path(source.label).resolve()) if isinstance(source, FileSource) else None
+    return str(source.path.resolve()) if source.path else None
 
 
 def _torch_threads() -> int | None:

@@ -68,7 +68,13 @@ class Receipt:
             "class": "E" if self.exact else "P",
             "build": self.build,
             "contributions": [
-                {"id": content.hex(), "weight": decimal_text(claim.weight), "role": claim.role, "task": claim.task}
+                {
+                    "id": content.hex(),
+                    "weight": decimal_text(claim.weight),
+                    "role": claim.role,
+                    "task": claim.task,
+                    "stats": {name: found.hex() for name, found in claim.stats.items()},
+                }
                 for content, claim in self.contributions
             ],
             "output_digest": self.output_digest.hex(),
@@ -136,7 +142,8 @@ def merge_id(root: bytes, recipe: Recipe) -> bytes:
 
 def _claim(value: Mapping[str, Any]) -> Claim:
     task = value["task"] if value["task"] is None else _text(value["task"])
-    return Claim(decimal(_text(value["weight"])), _text(value["role"]), task)
+    stats = {_text(name): _digest(found) for name, found in value["stats"].items()}
+    return Claim(decimal(_text(value["weight"])), _text(value["role"]), task, stats)
 
 
 def json_bytes(value: object) -> bytes:

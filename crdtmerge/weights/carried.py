@@ -38,17 +38,15 @@ CARRIED_NAMES = frozenset(
 """Every file name that is carried."""
 
 _CODE_KEY = "auto_map"
+_CONFIG = "config.json"
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
 
-def carried_files(folder: Path | None, out_dtype: str | None) -> tuple[dict[str, bytes], list[str]]:
+def carried_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
     """The files of a checkpoint folder to carry, by name in sorted order, and notes on what was left out.
 
-    ``out_dtype`` is torch's spelling (``"bfloat16"``), written into config.json where that states another.
     Raises CheckpointError: files too large, a forbidden link, a config that is not JSON.
     """
-    if folder is None:
-        return {}, []
     names = names_in(folder)
     files: dict[str, bytes] = {}
     notes = [f"{name!a} is code and was not copied" for name in names if name.endswith(".py")]
@@ -56,7 +54,7 @@ def carried_files(folder: Path | None, out_dtype: str | None) -> tuple[dict[str,
     for name in (name for name in names if name in CARRIED_NAMES):
         files[name] = read_small(folder, name, left)
         left -= len(files[name])
-    stripped = [name for name in files if name.endswith("config.json") and _rewrite(files, name, folder, out_dtype)]
+    stripped = [name for name in files if name.endswith("config.json") and _strip_code(files, name, folder)]
     if stripped:
         notes.append(f"{_CODE_KEY}, which names code to run, was taken out of {some(stripped)}")
     return files, notes
@@ -94,14 +92,24 @@ def read_config(data: bytes, where: str) -> dict[str, Any]:
     return strict_json.parse(data, where, CheckpointError, depth=64, fractions=True, negatives=True)
 
 
-def _rewrite(files: dict[str, bytes], name: str, folder: Path, out_dtype: str | None) -> bool:
-    """Take out what names code, and state the dtype; whether there was code."""
+def with_dtype(files: dict[str, bytes], out_dtype: str | None) -> dict[str, bytes]:
+    """The same files, config.json stating ``out_dtype`` (torch's spelling, ``"bfloat16"``) where it states another."""
+    if out_dtype is None or _CONFIG not in files:
+        return files
+    table = read_config(files[_CONFIG], _CONFIG)
+    stale = [key for key in _DTYPE_KEYS if table.get(key, out_dtype) != out_dtype]
+    table.update(dict.fromkeys(stale, out_dtype))
+    return {**files, _CONFIG: _written(table)} if stale else files
+
+
+def _strip_code(files: dict[str, bytes], name: str, folder: Path) -> bool:
+    """Take out what names code; whether there was any."""
     table = read_config(files[name], str(folder / name))
     code = table.pop(_CODE_KEY, None) is not None
-    stale = [
-        key for key in _DTYPE_KEYS if name == "config.json" and out_dtype and table.get(key, out_dtype) != out_dtype
-    ]
-    if code or stale:
-        table.update(dict.fromkeys(stale, out_dtype))
-        files[name] = (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()
+    if code:
+        files[name] = _written(table)
     return code
+
+
+def _written(table: dict[str, Any]) -> bytes:
+    return (json.dumps(table, indent=2, ensure_ascii=False) + "\n").encode()

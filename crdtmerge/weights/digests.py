@@ -14,7 +14,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import blake3
 import numpy as np
@@ -79,16 +79,31 @@ def digest_checkpoint(
     return {name: facts[name] for name in sorted(facts)}
 
 
+class Copy(Protocol):
+    """Who gets a copy of the bytes while they are hashed."""
+
+    def piece(self, entry: Entry, at: int, data: NDArray[np.uint8]) -> None:
+        """Some bytes of a tensor, from ``at`` within it. Called from many threads; ``data`` is reused afterwards."""
+        ...
+
+    def tensor(self, entry: Entry, pieces: bytes, facts: Facts) -> None:
+        """What a whole tensor was found to be, after all of its pieces."""
+        ...
+
+
 def digest_file(
-    file: TensorFile, workers: Workers, progress: Callable[[int], None] = lambda read_bytes: None
+    file: TensorFile,
+    workers: Workers,
+    progress: Callable[[int], None] = lambda read_bytes: None,
+    copy: Copy | None = None,
 ) -> dict[str, Facts]:
-    """The facts of every tensor of one file, read in the order of the file."""
+    """The facts of every tensor of one file, read in the order of the file; ``copy`` gets what was read."""
     found: dict[str, list[_Stretch]] = {name: [] for name in file.entries}
-    for name, stretch in workers.map(partial(_read_stretch, file, threading.local()), _stretches(file)):
+    for name, stretch in workers.map(partial(_read_stretch, file, threading.local(), copy), _stretches(file)):
         found[name].append(stretch)
         progress(stretch.nbytes)
     file.check_unchanged()
-    return {name: _joined(file.entries[name], stretches) for name, stretches in found.items()}
+    return {name: _joined(file.entries[name], stretches, copy) for name, stretches in found.items()}
 
 
 class _Stretch(NamedTuple):
@@ -103,7 +118,9 @@ def _stretches(file: TensorFile) -> Iterator[tuple[Entry, int]]:
             yield entry, begin
 
 
-def _read_stretch(file: TensorFile, local: threading.local, work: tuple[Entry, int]) -> tuple[str, _Stretch]:
+def _read_stretch(
+    file: TensorFile, local: threading.local, copy: Copy | None, work: tuple[Entry, int]
+) -> tuple[str, _Stretch]:
     """Read, hash and check one stretch, a piece at a time: it stays in the processor's cache for all three."""
     entry, begin = work
     end = min(begin + STRETCH_BYTES, entry.nbytes)
@@ -114,6 +131,8 @@ def _read_stretch(file: TensorFile, local: threading.local, work: tuple[Entry, i
         file.read_into(entry.begin + at, piece)
         digests.append(blake3.blake3(bytes_of(piece)).digest())
         bad = _add(bad, _check_values(file, entry, at, piece))
+        if copy is not None:
+            copy.piece(entry, at, piece)
     return entry.name, _Stretch(end - begin, b"".join(digests), bad)
 
 
@@ -139,8 +158,12 @@ def _add(one: tuple[int, int] | None, other: tuple[int, int] | None) -> tuple[in
     return (one[0] + other[0], one[1]) if one and other else one or other
 
 
-def _joined(entry: Entry, stretches: list[_Stretch]) -> Facts:
+def _joined(entry: Entry, stretches: list[_Stretch], copy: Copy | None) -> Facts:
     bad: tuple[int, int] | None = None
     for stretch in stretches:
         bad = _add(bad, stretch.nonfinite)
-    return Facts(tensor_digest(entry.dtype, entry.shape, b"".join(stretch.pieces for stretch in stretches)), bad)
+    pieces = b"".join(stretch.pieces for stretch in stretches)
+    facts = Facts(tensor_digest(entry.dtype, entry.shape, pieces), bad)
+    if copy is not None:
+        copy.tensor(entry, pieces, facts)
+    return facts

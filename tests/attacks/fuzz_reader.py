@@ -94,7 +94,7 @@ def main(folder: Path, workers: Workers) -> None:
         (model / "model.safetensors.index.json").write_bytes(INDEX)
         (model / name).write_bytes(mutated(INDEX, changes))
         try:
-            carried_files(model, "bfloat16")
+            carried_files(model)
             Checkpoint.open(model).close()
         except CrdtMergeError as refused:
             check_message(refused)

@@ -251,7 +251,7 @@ def test_a_linked_configuration_out_of_the_folder_is_refused(tmp_path: Path) -> 
     (folder / "config.json").symlink_to("../elsewhere/config.json")
     assert "outside its folder" in str(refusal(folder))
     with pytest.raises(CheckpointError, match="outside its folder"):
-        carried_files(folder, None)
+        carried_files(folder)
 
 
 def test_a_link_within_the_folder_and_a_link_to_the_folder_are_followed(tmp_path: Path) -> None:
@@ -287,7 +287,7 @@ def test_the_hub_cache_is_followed(tmp_path: Path) -> None:
     with Checkpoint.open(snapshot) as checkpoint:
         assert list(checkpoint.entries) == ["a", "b"]
         assert checkpoint.where("a") == str(snapshot / ONE)
-    assert carried_files(snapshot, None)[0] == {"config.json": b"{}"}
+    assert carried_files(snapshot)[0] == {"config.json": b"{}"}
 
 
 @pytest.mark.parametrize(

@@ -15,17 +15,19 @@ import crdtmerge
 PACKAGE = Path(crdtmerge.__file__).parent
 ROOMS = (
     ("errors", "limits", "canonical"),
-    ("recipe",),
+    ("recipe", "keys"),
     ("numerics",),
     ("strategies",),
     ("weights",),
     ("replica",),
     ("resolve",),
+    ("store",),
+    ("state", "pool"),
     ("testing",),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
-FORBIDDEN = {("weights", "strategies"), ("weights", "recipe"), ("replica", "weights"), ("replica", "strategies")}
+FORBIDDEN = {("weights", "strategies"), ("weights", "recipe"), ("replica", "weights"), ("replica", "strategies"), ("store", "resolve")}
 ENTRY_POINTS = {"__init__", "__main__"}
 
 

@@ -366,4 +366,4 @@ FORMAT = {
     "merge id": "cd322b4a3e01397f6ffbbe870b5087dbf7c68b5c4b5d6a3f9d60351ca9f82cb5",
     "output digest": "77414e91e3c2df63797b69e0a04ef4b0c2c15b4a922edbb2ff6ed3225ddbae81",
 }
-RECEIPT_BYTES = "a16fd7d6818eb6ea8f2f19a250d4a70e87abbc24aed287b915a33f976103ec31"
+RECEIPT_BYTES = "8575522cbc60fdab8bcbbb3efbe62cd217739a7adfda9b71d3436b3e16f236fb"

@@ -1,0 +1,123 @@
+"""What an op set knows, as the other files of Layer 1 read it: operations, their pasts, and the rights they give.
+
+The tables, by (key, member) -> value:
+
+    ops        id -> wire                    order    height (8 bytes), id
+    heads      id                            authors  author, id
+    dots       author incarnation seq, id    tips     author incarnation -> (seq, id) of the last
+    forks      author incarnation seq        where a chain has two operations in one place
+    members    id                            of every GRANT and REVOKE
+    contexts   digest -> ids                 sets of them that are the past of an operation
+    context    id -> digest                  which set is the past of an operation, if any
+    void       id                            operations that lost their right
+    recipes    id                            of every RECIPE
+    contents   content -> kind               of every content that was added
+    adds       content, id                   all ADDs of a content
+    live       content, id -> (author, False)        its live ones
+    retracts   content, id -> (author, everyone's)   its live RETRACTs
+    killers    id, id                        which operations end an ADD or RETRACT
+    removed    content -> (height, id)       the greatest operation that ended a dot of it
+    visible    content -> entry              hidden   content -> (why, id)
+    roots      "visible" | "state" -> hash   visible_nodes, state_nodes   the nodes of the two tries
+"""
+
+from __future__ import annotations
+
+from crdtmerge.canonical import digest
+from crdtmerge.replica.genesis import Genesis
+from crdtmerge.replica.members import Members, Past, Rank
+from crdtmerge.replica.op import Grant, Op, Remove, Retract, Revoke, SetRecipe
+from crdtmerge.replica.tables import Tables
+from crdtmerge.replica.trie import EMPTY, Trie
+
+_NO_PAST = digest("past", [])
+
+
+class Log:
+    """The operations of a pool in their tables."""
+
+    def __init__(self, genesis: Genesis, tables: Tables) -> None:
+        self.genesis, self.tables = genesis, tables
+        self._authority: tuple[list[bytes], Members] | None = None
+
+    def __contains__(self, identity: bytes) -> bool:
+        return self.tables.has("ops", identity)
+
+    def op(self, identity: bytes) -> Op:
+        """An operation that is here. Raises KeyError."""
+        wire = self.tables.get("ops", identity)
+        if wire is None:
+            raise KeyError(identity.hex())
+        return Op.stored(wire)
+
+    def is_void(self, identity: bytes) -> bool:
+        """Whether an operation lost its right to a REVOKE."""
+        return self.tables.has("void", identity)
+
+    def root(self, which: str) -> bytes:
+        """The root of a trie: ``visible`` or ``state``."""
+        found: bytes | None = self.tables.get("roots", which.encode())
+        return EMPTY if found is None else found
+
+    def trie(self, which: str) -> Trie:
+        """One of the two tries."""
+        return Trie(self.tables, f"{which}_nodes", self.root(which))
+
+    def past_of(self, op: Op) -> Past:
+        """The GRANTs and REVOKEs in the causal past of an operation whose parents are here."""
+        keys = {self.tables.get("context", one) or _NO_PAST for one in op.parents}
+        past = frozenset().union(*(self._members_in(key) for key in keys))
+        own = {one for one in op.parents if self.tables.has("members", one)}
+        return past | own
+
+    def past(self, identity: bytes) -> Past:
+        """The same of an operation that is here."""
+        return self._members_in(self.tables.get("context", identity) or _NO_PAST)
+
+    def _members_in(self, key: bytes) -> Past:
+        return frozenset(self.tables.get("contexts", key) or ()) if key != _NO_PAST else frozenset()
+
+    def keep_past(self, op: Op, past: Past) -> None:
+        """Pasts are few and shared by most operations: each is kept once, under its digest."""
+        if past:
+            ordered = sorted(past)
+            key = digest("past", ordered)
+            self.tables.put("contexts", key, value=tuple(ordered))
+            self.tables.put("context", op.id, value=key)
+
+    def authority(self) -> Members:
+        """Who has which rights, by all that is known."""
+        known = [one for one, _, _ in self.tables.every("members")]
+        if self._authority is None or self._authority[0] != known:
+            pasts = {one: self.past(one) for one in known}
+            self._authority = (known, Members(self.genesis, {one: self.op(one) for one in known}, pasts, self._chain))
+        return self._authority[1]
+
+    def _chain(self, identity: bytes) -> Past:
+        chain = set()
+        at: bytes | None = identity
+        while at is not None:
+            chain.add(at)
+            at = self.op(at).prev
+        return frozenset(chain)
+
+    def needed(self, op: Op) -> Rank:
+        """The rank without which an operation does not count."""
+        if isinstance(op.payload, Grant | Revoke):
+            return Rank.FOUNDER
+        if isinstance(op.payload, SetRecipe):
+            return Rank.CURATOR
+        if isinstance(op.payload, Remove) and any(self.op(one).author != op.author for one in op.payload.targets):
+            return Rank.CURATOR
+        if isinstance(op.payload, Retract) and self.retracts_all(op):
+            return Rank.CURATOR
+        return Rank.MEMBER
+
+    def retracts_all(self, op: Op) -> bool:
+        """Whether a RETRACT was made by a curator, by its own past; then it hides every dot."""
+        return self.authority().rank(op.author, op.id, self.past_of(op), at_the_door=True) >= Rank.CURATOR
+
+    def loses(self, op: Op) -> bool:
+        """Whether by all that is known an operation has not the right that it had at the door."""
+        past = self.past(op.id)
+        return self.authority().rank(op.author, op.id, past, at_the_door=False) < self.needed(op)

@@ -1,0 +1,1 @@
+"""A replica on disk: operations in SQLite, tensors as blobs under their digest."""

@@ -1,0 +1,343 @@
+"""The database of a replica: SQLite in WAL mode with full syncs; one writer at a time, any number of readers.
+
+RULES
+1. What a transaction wrote is durable when it returns, or nothing of it happened.
+2. Processes take turns by SQLite's own lock: a transaction sees all that was committed before it.
+3. The folder must be on a local disk: WAL needs memory that processes share.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgpack
+
+from crdtmerge.errors import ReplicaError, StorageError
+from crdtmerge.replica.tables import NAMES
+
+APPLICATION_ID = 0x43524D47
+"""``CRMG`` in the file's header, so that ``file`` and we know it."""
+
+SCHEMA = 1
+BUSY_SECONDS = 60.0
+NAME = "pool.sqlite"
+
+NODES_MAX = 200_000
+"""Nodes of the tries that are remembered: some 60 MB at most."""
+
+_NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "9p", "fuse.sshfs", "glusterfs", "lustre"})
+
+_TABLES = """
+CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
+CREATE TABLE manifests (content BLOB PRIMARY KEY, manifest BLOB NOT NULL);
+CREATE TABLE seen (op BLOB PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE blobs (
+    digest BLOB PRIMARY KEY, bytes INTEGER NOT NULL, pieces BLOB NOT NULL, dtype TEXT, shape BLOB, nonfinite BLOB,
+    inline BLOB, state TEXT NOT NULL, touched REAL NOT NULL);
+CREATE TABLE ready (content BLOB PRIMARY KEY) WITHOUT ROWID;
+CREATE TABLE leases (id BLOB PRIMARY KEY, pid INTEGER NOT NULL, started INTEGER NOT NULL, boot TEXT NOT NULL);
+CREATE TABLE leased (lease BLOB NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (lease, digest)) WITHOUT ROWID;
+CREATE INDEX leased_by_digest ON leased (digest);
+CREATE TABLE merges (merge BLOB PRIMARY KEY, receipt BLOB NOT NULL, path TEXT NOT NULL);
+CREATE TABLE plans (merge BLOB PRIMARY KEY, plan BLOB NOT NULL);
+"""
+
+
+class Database:
+    """An open database. Connections belong to threads; a transaction belongs to the thread that began it."""
+
+    def __init__(self, path: Path) -> None:
+        """Use ``create`` or ``open``."""
+        self.path = path
+        self._local = threading.local()
+        self._connections: list[sqlite3.Connection] = []
+        self._lock = threading.Lock()
+
+    @classmethod
+    def create(cls, folder: Path) -> Database:
+        """Make the database of a new replica. Raises StorageError, ReplicaError."""
+        database = cls(folder / NAME)
+        refuse_network(folder)
+        with database.failing():
+            connection = database._connection()
+            connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {SCHEMA}")
+            with database.transaction():
+                for statement in _TABLES.strip().split(";\n"):
+                    connection.execute(statement)
+                for name in NAMES:
+                    connection.execute(
+                        f"CREATE TABLE {_table(name)} (key BLOB NOT NULL, member BLOB NOT NULL, value BLOB, "
+                        "PRIMARY KEY (key, member)) WITHOUT ROWID"
+                    )
+        return database
+
+    @classmethod
+    def open(cls, folder: Path) -> Database:
+        """Open the database of a replica. Raises ReplicaError."""
+        path = folder / NAME
+        if not path.is_file():
+            raise ReplicaError(f"{folder}: is not a replica (no {NAME} there). Make one with: crdtmerge init {folder}")
+        database = cls(path)
+        refuse_network(folder)
+        with database.failing():
+            found = database.one("PRAGMA application_id"), database.one("PRAGMA user_version")
+        if found != ((APPLICATION_ID,), (SCHEMA,)):
+            raise ReplicaError(f"{path}: is not the database of a replica that this version reads.")
+        return database
+
+    @contextmanager
+    def transaction(self) -> Iterator[sqlite3.Connection]:
+        """Everything in it is committed together, durably, or not at all. Within another it is part of that."""
+        connection = self._connection()
+        if connection.in_transaction:
+            yield connection
+            return
+        with self.failing():
+            connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield connection
+            with self.failing():
+                connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    @property
+    def in_transaction(self) -> bool:
+        """Whether this thread is within a transaction."""
+        return self._connection().in_transaction
+
+    @contextmanager
+    def savepoint(self) -> Iterator[None]:
+        """A part of a transaction that can fail alone."""
+        self.run("SAVEPOINT part")
+        try:
+            yield
+        except BaseException:
+            if self.in_transaction:
+                self.run("ROLLBACK TO part")
+                self.run("RELEASE part")
+            raise
+        self.run("RELEASE part")
+
+    @contextmanager
+    def snapshot(self) -> Iterator[None]:
+        """Reads in it see one state, whatever others commit meanwhile."""
+        connection = self._connection()
+        if connection.in_transaction:
+            yield
+            return
+        with self.failing():
+            connection.execute("BEGIN")
+        try:
+            yield
+        finally:
+            connection.execute("ROLLBACK")
+
+    def run(self, statement: str, values: Sequence[Any] = ()) -> None:
+        """Carry out a statement."""
+        try:
+            self._connection().execute(statement, values)
+        except sqlite3.DatabaseError as fault:
+            raise self._failed(fault) from fault
+
+    def run_all(self, statement: str, values: Sequence[Sequence[Any]]) -> None:
+        """Carry out a statement for each of many rows of values."""
+        try:
+            self._connection().executemany(statement, values)
+        except sqlite3.DatabaseError as fault:
+            raise self._failed(fault) from fault
+
+    def one(self, statement: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
+        """The first row, if there is one."""
+        try:
+            row: tuple[Any, ...] | None = self._connection().execute(statement, values).fetchone()
+        except sqlite3.DatabaseError as fault:
+            raise self._failed(fault) from fault
+        return row
+
+    def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
+        """All rows."""
+        try:
+            return self._connection().execute(statement, values).fetchall()
+        except sqlite3.DatabaseError as fault:
+            raise self._failed(fault) from fault
+
+    def meta(self, name: str) -> Any:
+        """A value of the replica's own, None if it was never kept."""
+        row = self.one("SELECT value FROM meta WHERE name = ?", (name,))
+        return None if row is None else row[0]
+
+    def keep(self, name: str, value: Any) -> None:
+        """Keep a value of the replica's own."""
+        self.run("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, value))
+
+    def version(self) -> int:
+        """A number that changes when another connection commits."""
+        row = self.one("PRAGMA data_version")
+        assert row is not None, "the pragma always answers"
+        return int(row[0])
+
+    def close(self) -> None:
+        """Close the connections of all threads."""
+        with self._lock:
+            for connection in self._connections:
+                connection.close()
+            self._connections.clear()
+            self._local = threading.local()
+
+    @contextmanager
+    def failing(self) -> Iterator[None]:
+        """Turn SQLite's errors into ours."""
+        try:
+            yield
+        except sqlite3.DatabaseError as fault:
+            raise self._failed(fault) from fault
+
+    def _failed(self, fault: sqlite3.DatabaseError) -> ReplicaError | StorageError:
+        if "malformed" in str(fault) or "not a database" in str(fault):
+            return ReplicaError(
+                f"{self.path}: is damaged ({fault}). Run `crdtmerge fsck`; what this replica shared can be fetched "
+                "again from its peers."
+            )
+        return StorageError(
+            f"{self.path}: {fault}. Nothing that was acknowledged is lost; make room or mend the disk, then repeat "
+            "what you did."
+        )
+
+    def _connection(self) -> sqlite3.Connection:
+        found: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if found is None:
+            found = sqlite3.connect(
+                self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
+            )
+            self._local.connection = found
+            with self._lock:
+                self._connections.append(found)
+            found.execute("PRAGMA journal_mode = WAL")
+            found.execute("PRAGMA synchronous = FULL")
+            found.execute("PRAGMA cache_size = -65536")
+        return found
+
+
+def _table(name: str) -> str:
+    return f"set_{name}"
+
+
+class SqliteTables:
+    """The tables of an op set in a database. Values are MessagePack, except operations, which are bytes already.
+
+    Nodes of the tries never change under their hash, so those that were read are remembered.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._sql = {
+            name: _Statements(
+                f"SELECT value FROM {_table(name)} WHERE key = ? AND member = ?",
+                f"INSERT OR REPLACE INTO {_table(name)} VALUES (?, ?, ?)",
+                f"DELETE FROM {_table(name)} WHERE key = ? AND member = ?",
+                f"SELECT member, value FROM {_table(name)} WHERE key = ? ORDER BY member",
+                f"SELECT key, member, value FROM {_table(name)} ORDER BY key, member",
+                f"SELECT count(*) FROM {_table(name)}",
+            )
+            for name in NAMES
+        }
+        self._nodes: dict[bytes, Any] = {}
+
+    def get(self, table: str, key: bytes, member: bytes = b"") -> Any:
+        """The value, None if there is none."""
+        if table.endswith("_nodes"):
+            return self._node(table, key)
+        row = self._database.one(self._sql[table].get, (key, member))
+        return None if row is None else row[0] if table == "ops" else _unpacked(row[0])
+
+    def has(self, table: str, key: bytes, member: bytes = b"") -> bool:
+        """Whether there is a value."""
+        return self._database.one(self._sql[table].get, (key, member)) is not None
+
+    def put(self, table: str, key: bytes, member: bytes = b"", value: Any = None) -> None:
+        """Keep a value."""
+        self._database.run(self._sql[table].put, (key, member, value if table == "ops" else _packed(value)))
+
+    def drop(self, table: str, key: bytes, member: bytes = b"") -> None:
+        """Forget a value."""
+        self._database.run(self._sql[table].drop, (key, member))
+
+    def change(self, table: str, gone: Iterable[bytes], come: Iterable[tuple[bytes, Any]]) -> None:
+        """Forget the values of some keys, then keep others."""
+        self._database.run_all(self._sql[table].drop, [(key, b"") for key in gone])
+        self._database.run_all(self._sql[table].put, [(key, b"", _packed(value)) for key, value in come])
+
+    def members(self, table: str, key: bytes) -> list[tuple[bytes, Any]]:
+        """The members of a key, in order."""
+        return [(member, _unpacked(value)) for member, value in self._database.rows(self._sql[table].members, (key,))]
+
+    def every(self, table: str) -> Iterator[tuple[bytes, bytes, Any]]:
+        """All of a table, in order."""
+        for key, member, value in self._database.rows(self._sql[table].every):
+            yield key, member, _unpacked(value)
+
+    def count(self, table: str) -> int:
+        """How many values there are."""
+        row = self._database.one(self._sql[table].size)
+        assert row is not None, "a count is always there"
+        return int(row[0])
+
+    def _node(self, table: str, key: bytes) -> Any:
+        found = self._nodes.get(key)
+        if found is None:
+            row = self._database.one(self._sql[table].get, (key, b""))
+            found = None if row is None else _unpacked(row[0])
+            if len(self._nodes) >= NODES_MAX:
+                self._nodes.clear()
+            if found is not None:
+                self._nodes[key] = found
+        return found
+
+
+class _Statements(NamedTuple):
+    get: str
+    put: str
+    drop: str
+    members: str
+    every: str
+    size: str
+
+
+def _packed(value: Any) -> bytes | None:
+    packed: bytes | None = None if value is None else msgpack.packb(value, use_bin_type=True)
+    return packed
+
+
+def _unpacked(value: bytes | None) -> Any:
+    return None if value is None else msgpack.unpackb(value, use_list=False, strict_map_key=False)
+
+
+def refuse_network(folder: Path) -> None:
+    """Raise ReplicaError where a folder lies on a file system that WAL does not work on."""
+    kind = _file_system(folder)
+    if kind in _NETWORK:
+        raise ReplicaError(
+            f"{folder}: lies on {kind}, a network file system, where processes cannot share a database safely. Keep "
+            "the replica on a local disk and exchange through `crdtmerge export` and `import`."
+        )
+
+
+def _file_system(folder: Path) -> str | None:
+    """The kind of file system of a folder, None where the system does not say."""
+    try:
+        mounts = Path("/proc/mounts").read_text().splitlines()
+    except OSError:
+        return None
+    path = folder.resolve()
+    above = {str(path), *map(str, path.parents)}
+    found = [(len(where), kind) for _, where, kind, *_ in map(str.split, mounts) if where in above]
+    return max(found)[1] if found else None
