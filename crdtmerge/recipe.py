@@ -7,6 +7,7 @@ recipe has an id, so that 1, 1.0 and a default left out give one id.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -110,6 +111,10 @@ class Recipe:
         base = bytes.fromhex(value["base"]) if value["base"] else None
         options = {field: value[field] for field in ("version", "dtype", "seed", "missing", "allow_nonfinite")}
         return cls.of(strategy, params, base=base, exclude=exclude, **options)
+
+    def excludes(self, name: str) -> bool:
+        """Whether a tensor is left out of the merge."""
+        return any(fnmatch.fnmatchcase(name, glob) for glob in self.exclude)
 
     @property
     def id(self) -> bytes:

@@ -23,14 +23,12 @@ import hashlib
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from crdtmerge.canonical import decimal
 from crdtmerge.errors import BundleError, ChangedError, InputError, MismatchError, UsageError
 from crdtmerge.keys import Key
 from crdtmerge.numerics.dtypes import DType
@@ -38,14 +36,14 @@ from crdtmerge.numerics.finite import nonfinite
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.architecture import Architecture
-from crdtmerge.replica.contribution import ROLES, Manifest, Says
+from crdtmerge.replica.contribution import Manifest, Says
 from crdtmerge.replica.entry import Entry as Visible
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import INCARNATION_BYTES, Add, Op, Payload, Remove, Retract, Unretract
 from crdtmerge.replica.opset import Hidden, OpSet
 from crdtmerge.replica.tables import MemoryTables
-from crdtmerge.resolve.asking import completed, refuse_version
-from crdtmerge.resolve.gather import known, refuse_nonfinite
+from crdtmerge.resolve.asking import completed, refuse_version, said_role, said_weight
+from crdtmerge.resolve.gather import known
 from crdtmerge.resolve.merge import Merged, into_memory
 from crdtmerge.resolve.merging import Options
 from crdtmerge.resolve.sources import FileSource, MemorySource, Progress
@@ -53,7 +51,7 @@ from crdtmerge.store import bundle
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import piece_digests, tensor_digest
-from crdtmerge.weights.facts import Facts
+from crdtmerge.weights.facts import Facts, refuse_nonfinite
 from crdtmerge.weights.header import Entry
 
 
@@ -464,7 +462,7 @@ def _taken(model: object, label: str, recipe: Recipe) -> _Taken:
     finally:
         source.close()
     if not recipe.allow_nonfinite:
-        refuse_nonfinite(one, recipe.exclude)
+        refuse_nonfinite(one.facts, recipe.excludes, source.where)
     tensors = {
         one.facts[name].digest: Held(
             entry.dtype,
@@ -504,21 +502,6 @@ def _from_bytes(data: bytes) -> tuple[bundle.Contents, dict[bytes, Held]]:
         bad = nonfinite(raw, entry.dtype) if entry.dtype.floating else None
         tensors[digest] = Held(entry.dtype, entry.shape, Facts(digest, bad), raw, None)
     return contents, tensors
-
-
-def said_weight(weight: object) -> Decimal | None:
-    """A weight as the exact decimal that was meant. Raises UsageError."""
-    try:
-        return None if weight is None else decimal(weight)
-    except ValueError as fault:
-        raise UsageError(f"weight: {fault}.") from None
-
-
-def said_role(role: str | None) -> str | None:
-    """A role, if it is one. Raises UsageError."""
-    if role is not None and role not in ROLES:
-        raise UsageError(f"role = {role!r}: must be one of {', '.join(ROLES)}.")
-    return role
 
 
 def _content(content: bytes | str) -> bytes:

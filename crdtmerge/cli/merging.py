@@ -166,18 +166,11 @@ class _Nowhere:
 
 def _write(one: Merge, out: Path | None) -> tuple[Receipt, float, int]:
     """(receipt, seconds of fsync, bytes written)."""
-    from crdtmerge.resolve.merge import is_folder, publish
-    from crdtmerge.weights.writer import Output
+    from crdtmerge.resolve.merge import into_files
 
     if out is None:
         return one.run(_Nowhere(), folder=True), 0.0, 0
-    folder = is_folder(out)
-    layout = one.layout(None if folder else out.name)
-    output: Output
-    with Output(out, layout, folder=folder) as output:
-        receipt = one.run(output, folder=folder)
-        fsync_seconds = publish(output, receipt, one.inputs(), one.files() if folder else {})
-    return receipt, fsync_seconds, layout.nbytes
+    return into_files(one, out)
 
 
 def _report(one: Merge, receipt: Receipt, out: Path | None, written: int) -> dict[str, Any]:

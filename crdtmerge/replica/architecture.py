@@ -6,7 +6,6 @@ dtype of floats is free where the recipe names an output dtype, and names may be
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,11 +65,7 @@ class Architecture:
             )
 
     def _compared(self, recipe: Recipe) -> dict[str, tuple[str, tuple[int, ...]]]:
-        return {
-            name: tensor
-            for name, tensor in self.tensors.items()
-            if not any(fnmatch.fnmatchcase(name, glob) for glob in recipe.exclude)
-        }
+        return {name: tensor for name, tensor in self.tensors.items() if not recipe.excludes(name)}
 
 
 def _float(dtype: str) -> bool:

@@ -10,7 +10,7 @@ from crdtmerge.canonical import complement, decimal
 from crdtmerge.errors import NeedsError, UsageError
 from crdtmerge.numerics.dtypes import float_named
 from crdtmerge.recipe import Recipe
-from crdtmerge.replica.contribution import Claim
+from crdtmerge.replica.contribution import ROLES, Claim
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
 
@@ -45,6 +45,18 @@ def _weight(value: object) -> Decimal:
         return decimal(value)
     except ValueError as fault:
         raise UsageError(f"weight: {fault}.") from None
+
+
+def said_weight(weight: object) -> Decimal | None:
+    """A weight as the exact decimal that was meant, None if it is unsaid. Raises UsageError."""
+    return None if weight is None else _weight(weight)
+
+
+def said_role(role: str | None) -> str | None:
+    """A role, if it is one. Raises UsageError."""
+    if role is not None and role not in ROLES:
+        raise UsageError(f"role = {role!r}: must be one of {', '.join(ROLES)}.")
+    return role
 
 
 def recipe_of(strategy: str, params: Mapping[str, Any], **options: Any) -> tuple[Recipe, Any]:

@@ -6,7 +6,6 @@ are never averaged and must be equal; nothing is skipped in silence.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -65,7 +64,7 @@ def fit(gathered: Gathered, recipe: Recipe, base_used: bool) -> tuple[list[Mergi
     copying: list[Copying] = []
     for name in names:
         holders = [one for one in compared if name in one.source.entries]
-        if any(fnmatch.fnmatchcase(name, glob) for glob in recipe.exclude):
+        if recipe.excludes(name):
             if holders[0] is compared[0]:
                 copying.append(_copy(name, holders[0], recipe))
         elif not holders[0].source.entries[name].dtype.floating:
@@ -84,7 +83,7 @@ def fit(gathered: Gathered, recipe: Recipe, base_used: bool) -> tuple[list[Mergi
 def _names(compared: Sequence[Known], recipe: Recipe) -> list[str]:
     """The union of all names. Raises MismatchError if they differ and nobody said what to do then."""
     union = sorted(set().union(*(one.source.entries for one in compared)))
-    checked = [name for name in union if not any(fnmatch.fnmatchcase(name, glob) for glob in recipe.exclude)]
+    checked = [name for name in union if not recipe.excludes(name)]
     for one in compared if recipe.missing is None else ():
         lacks = [name for name in checked if name not in one.source.entries]
         if lacks:

@@ -5,11 +5,10 @@ Positions end here: a weight given for the second path belongs from here on to a
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from crdtmerge.errors import NonFiniteError, UsageError
+from crdtmerge.errors import UsageError
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.replica import trie
 from crdtmerge.replica.contribution import Claim, Manifest, Row, leaf
@@ -96,15 +95,3 @@ def gather(models: Sequence[tuple[Known, Claim]], base: Known | None) -> Gathere
 
 def _claim(claim: Claim) -> str:
     return f"weight {claim.weight}, role {claim.role}" + (f", task {claim.task}" if claim.task else "")
-
-
-def refuse_nonfinite(one: Known, exclude: Sequence[str]) -> None:
-    """Raise NonFiniteError if any tensor that is not left out holds NaN or infinity."""
-    for name, fact in one.facts.items():
-        if fact.nonfinite and not any(fnmatch.fnmatchcase(name, glob) for glob in exclude):
-            count, first = fact.nonfinite
-            raise NonFiniteError(
-                f"{one.source.where(name)}: tensor {name!a} holds {count} values that are NaN or infinite, the first "
-                f"at index {first}. One of them spoils every mean. Repair the model, leave the tensor out with "
-                "--exclude, or use --allow-nonfinite."
-            )

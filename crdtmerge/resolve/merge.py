@@ -27,6 +27,7 @@ from crdtmerge.replica.contribution import Claim
 from crdtmerge.resolve.asking import claims, recipe_of
 from crdtmerge.resolve.merging import Merge, Model, Options
 from crdtmerge.resolve.receipt import Receipt
+from crdtmerge.strategies.protocol import Plan
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.layout import plan_output
 from crdtmerge.weights.place import RECEIPT_NAME
@@ -102,6 +103,16 @@ def publish(output: Output, receipt: Receipt, inputs: bytes, files: Mapping[str,
     output.add(f"{prefix}inputs.json", inputs)
     output.add(f"{prefix}{RECEIPT_NAME}", receipt.to_bytes())
     return output.commit()
+
+
+def into_files(one: Merge, out: Path, plan: Plan | None = None) -> tuple[Receipt, float, int]:
+    """Run a merge into a folder or file: (receipt, seconds of fsync, bytes written). Raises OutputError."""
+    folder = is_folder(out)
+    layout = one.layout(None if folder else out.name)
+    with Output(out, layout, folder=folder) as output:
+        receipt = one.run(output, folder=folder, plan=plan)
+        fsync_seconds = publish(output, receipt, one.inputs(), one.files() if folder else {})
+    return receipt, fsync_seconds, layout.nbytes
 
 
 def merge(

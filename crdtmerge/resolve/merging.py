@@ -23,15 +23,16 @@ from crdtmerge.replica.contribution import ROLES, Claim
 from crdtmerge.resolve.blocks import stretch_elements
 from crdtmerge.resolve.engine import Digests, Sink, Work, check_inputs, run
 from crdtmerge.resolve.fit import fit
-from crdtmerge.resolve.gather import Gathered, Known, gather, known, refuse_nonfinite
+from crdtmerge.resolve.gather import Gathered, Known, gather, known
 from crdtmerge.resolve.receipt import Receipt, TensorRow, inputs_bytes
 from crdtmerge.resolve.sources import Source, open_source
 from crdtmerge.resolve.view import TensorView
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
-from crdtmerge.strategies.protocol import Needs, Rng
+from crdtmerge.strategies.protocol import Needs, Plan, Rng
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.carried import with_dtype
+from crdtmerge.weights.facts import refuse_nonfinite
 from crdtmerge.weights.layout import Layout, plan_output
 
 Model = Any
@@ -82,7 +83,7 @@ class Merge:
         found = [known(source, self.workers, self.options.cache, read) for source in inputs]
         if not recipe.allow_nonfinite:
             for one in found:
-                refuse_nonfinite(one, recipe.exclude)
+                refuse_nonfinite(one.facts, recipe.excludes, one.source.where)
         base_known = found[-1] if self.base_source else None
         claims = [claim for _, claim in models]
         self.gathered: Gathered = gather(list(zip(found, claims, strict=False)), base_known)
@@ -144,21 +145,24 @@ class Merge:
             self.notes += notes
         return self._files
 
-    def run(self, sink: Sink, *, folder: bool) -> Receipt:
-        """Plan, then write every merged tensor into the sink. Raises what the strategy, sources and sink raise."""
+    def run(self, sink: Sink, *, folder: bool, plan: Plan | None = None) -> Receipt:
+        """Plan, unless a plan made for this very merge is given, then write every merged tensor into the sink.
+
+        Raises what the strategy, the sources and the sink raise.
+        """
         stretch = self._stretch()
         definition_only = self.options.device != "cpu" or self.recipe.allow_nonfinite
         kernels = None if definition_only else fused.choose(self._total)
         threads = _torch_threads()
         try:
-            digests = self._run(sink, stretch, kernels)
+            digests = self._run(sink, stretch, kernels, plan)
         finally:
             _restore(threads)
         for source in self._inputs:
             source.check_unchanged()
         return self._receipt(digests, folder)
 
-    def _run(self, sink: Sink, stretch: int, kernels: fused.Kernels | None) -> Digests:
+    def _run(self, sink: Sink, stretch: int, kernels: fused.Kernels | None, plan: Plan | None) -> Digests:
         rng = Rng(self.recipe.seed_for(self.gathered.root))
         view = TensorView(
             self.merging,
@@ -169,7 +173,7 @@ class Merge:
             device=self.options.device,
             canonical_nan=self.recipe.allow_nonfinite,
         )
-        self.plan = self.strategy.plan(view, self.params.at, rng)
+        self.plan = plan or self.strategy.plan(view, self.params.at, rng)
         work = Work(
             self.strategy,
             self.needs,

@@ -6,6 +6,7 @@ version here, or the merge was of class P and this is another build).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -71,6 +72,28 @@ def verify(
     except UnknownError as found:
         return Verdict("unknown", str(found), receipt)
     return Verdict("same", "the same bytes came out again", receipt)
+
+
+def intact(out: Path, receipt: Receipt, threads: int | None = None) -> bool:
+    """Whether an output still is, to the bit, what its receipt says: hashed, not merged again."""
+    try:
+        data = _bounded(_beside(out, RECEIPT_NAME))
+        if data != receipt.to_bytes():
+            return False
+        with Workers(threads) as workers:
+            source = open_source(out, str(out))
+            try:
+                facts = source.facts(workers, None, lambda read: None)
+            finally:
+                source.close()
+        tensors = {(name, entry.dtype.name, entry.shape): facts[name].digest for name, entry in source.entries.items()}
+        if tensors != {(t.name, t.dtype, t.shape): t.digest for t in receipt.tensors}:
+            return False
+        files = {name for name in os.listdir(out) if name in CARRIED_NAMES} if is_folder(out) else set()  # noqa: PTH208
+        small = {name: read_small(out, name, limits.CARRIED_FILES_BYTES_MAX) for name in files}
+        return {name: hashlib.sha256(data).hexdigest() for name, data in small.items()} == dict(receipt.files)
+    except (CrdtMergeError, OSError):
+        return False
 
 
 def _beside(out: Path, name: str) -> Path:

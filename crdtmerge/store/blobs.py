@@ -220,6 +220,13 @@ class Staging:
         blob = Blob(facts.digest, entry.nbytes, pieces, entry.dtype, entry.shape, facts.nonfinite, _inline(file))
         self._keep(blob, file)
 
+    def reuse(self, digest: bytes) -> bool:
+        """Whether a blob is here already; if so it is kept, and ``publish`` looks again."""
+        blob = self._blobs.get(digest)
+        if blob is not None:
+            self._keep(blob, None)
+        return blob is not None
+
     def file(self, data: bytes) -> bytes:
         """A small file; its digest."""
         digest = hashlib.sha256(data).digest()
@@ -258,6 +265,8 @@ class Staging:
                         "UPDATE blobs SET state = 'ready', touched = ? WHERE digest = ?", (now, blob.digest)
                     )
                     continue
+                if blob.inline is None and file is None:
+                    raise StorageError(f"blob {blob.digest.hex()} vanished while it was about to be used; repeat that.")
                 if file is not None and file.path is not None:
                     path = blobs.path(blob.digest)
                     self._disk.rename(file.path, path)

@@ -43,7 +43,7 @@ CREATE TABLE ready (content BLOB PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE leases (id BLOB PRIMARY KEY, pid INTEGER NOT NULL, started INTEGER NOT NULL, boot TEXT NOT NULL);
 CREATE TABLE leased (lease BLOB NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (lease, digest)) WITHOUT ROWID;
 CREATE INDEX leased_by_digest ON leased (digest);
-CREATE TABLE merges (merge BLOB PRIMARY KEY, receipt BLOB NOT NULL, path TEXT NOT NULL);
+CREATE TABLE merges (merge BLOB PRIMARY KEY, receipt BLOB NOT NULL);
 CREATE TABLE plans (merge BLOB PRIMARY KEY, plan BLOB NOT NULL);
 """
 
@@ -96,6 +96,7 @@ class Database:
         """Everything in it is committed together, durably, or not at all. Within another it is part of that."""
         connection = self._connection()
         if connection.in_transaction:
+            assert not getattr(self._local, "reading", False), "nothing is written within a snapshot"
             yield connection
             return
         with self.failing():
@@ -136,9 +137,11 @@ class Database:
             return
         with self.failing():
             connection.execute("BEGIN")
+        self._local.reading = True
         try:
             yield
         finally:
+            self._local.reading = False
             connection.execute("ROLLBACK")
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
@@ -283,7 +286,7 @@ class SqliteTables:
     def every(self, table: str) -> Iterator[tuple[bytes, bytes, Any]]:
         """All of a table, in order."""
         for key, member, value in self._database.rows(self._sql[table].every):
-            yield key, member, _unpacked(value)
+            yield key, member, value if table == "ops" else _unpacked(value)
 
     def count(self, table: str) -> int:
         """How many values there are."""

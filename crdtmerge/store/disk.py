@@ -53,6 +53,10 @@ class Disk:
         """Give a file another name."""
         path.rename(new)
 
+    def link(self, path: Path, new: Path) -> None:
+        """Give a file a second name, where nothing stands."""
+        os.link(path, new)
+
     def remove(self, path: Path) -> None:
         """Remove a file, if it is there."""
         path.unlink(missing_ok=True)

@@ -1,8 +1,11 @@
-"""What one reading of a tensor says of it."""
+"""What one reading of a tensor says of it, and the refusal of values that are no numbers."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
+
+from crdtmerge.errors import NonFiniteError
 
 
 class Facts(NamedTuple):
@@ -10,3 +13,15 @@ class Facts(NamedTuple):
 
     digest: bytes
     nonfinite: tuple[int, int] | None
+
+
+def refuse_nonfinite(facts: Mapping[str, Facts], excludes: Callable[[str], bool], where: Callable[[str], str]) -> None:
+    """Raise NonFiniteError if any tensor that is not left out holds NaN or infinity; ``where`` names its file."""
+    for name, fact in facts.items():
+        if fact.nonfinite and not excludes(name):
+            count, first = fact.nonfinite
+            raise NonFiniteError(
+                f"{where(name)}: tensor {name!a} holds {count} values that are NaN or infinite, the first at index "
+                f"{first}. One of them spoils every mean. Repair the model, leave the tensor out with "
+                "--exclude, or use --allow-nonfinite."
+            )

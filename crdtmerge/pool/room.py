@@ -1,0 +1,198 @@
+"""The parts of an open replica, and what is done with them within one transaction."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+import msgpack
+
+from crdtmerge.errors import InputError, ReplicaError
+from crdtmerge.keys import Key
+from crdtmerge.recipe import Recipe
+from crdtmerge.replica.architecture import Architecture
+from crdtmerge.replica.contribution import Manifest, Says
+from crdtmerge.replica.genesis import Genesis
+from crdtmerge.replica.op import Add, Op, Payload
+from crdtmerge.replica.opset import Joined, OpSet
+from crdtmerge.store.blobs import Blobs, Staging
+from crdtmerge.store.database import Database, SqliteTables
+from crdtmerge.store.disk import Disk, failing
+from crdtmerge.store.group_commit import GroupCommit
+from crdtmerge.store.incarnation import Incarnation
+from crdtmerge.store.ingest import Intake
+from crdtmerge.store.leases import Lease
+from crdtmerge.store.source import BlobSource
+
+KEY_NAME = "key.pem"
+
+Progress = Callable[[str, int, int], None]
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """No progress is shown."""
+
+
+class Room:
+    """A replica's folder: database, blobs, operations, key."""
+
+    def __init__(self, folder: Path, database: Database, genesis: Genesis, disk: Disk) -> None:
+        self.folder, self.genesis, self.database = folder, genesis, database
+        self.blobs = Blobs(folder, database, disk)
+        self.group = GroupCommit(database)
+        self.opset = OpSet(genesis, SqliteTables(database))
+        self._key: Key | None = None
+
+    @classmethod
+    def opened(cls, folder: Path, disk: Disk) -> Room:
+        """An existing one. Raises ReplicaError."""
+        database = Database.open(folder)
+        data = database.meta("genesis")
+        if data is None:
+            raise ReplicaError(f"{folder}: was never finished; remove it and begin again.")
+        try:
+            genesis = Genesis.from_bytes(data)
+        except InputError as fault:
+            raise ReplicaError(f"{folder}: {fault}") from None
+        return cls(folder, database, genesis, disk)
+
+    @classmethod
+    def begun(cls, folder: Path, genesis: Genesis, key: Key, quota: int | None, disk: Disk) -> Room:
+        """An empty one, in a folder under construction. Raises StorageError, ReplicaError."""
+        room = cls(folder, Database.create(folder), genesis, disk)
+        room.blobs.make()
+        with failing(folder):
+            key.save(folder / KEY_NAME)
+        with room.database.transaction():
+            room.database.keep("author", key.public)
+            room.database.keep("quota", quota)
+        return room
+
+    # ---- what is here
+
+    @property
+    def author(self) -> bytes:
+        """The public key that signs here."""
+        author: bytes = self.database.meta("author")
+        return author
+
+    @property
+    def quota(self) -> int | None:
+        """Bytes of blobs at most."""
+        quota: int | None = self.database.meta("quota")
+        return quota
+
+    def manifest(self, content: bytes) -> Manifest | None:
+        """The manifest of a content that was added, or of the base."""
+        row = self.database.one("SELECT manifest FROM manifests WHERE content = ?", (content,))
+        return None if row is None else Manifest.from_bytes(row[0])
+
+    def is_ready(self, content: bytes) -> bool:
+        """Whether all tensors of a content are here."""
+        return self.database.one("SELECT 1 FROM ready WHERE content = ?", (content,)) is not None
+
+    def ready(self) -> set[bytes]:
+        """The contents whose tensors are all here."""
+        return {row[0] for row in self.database.rows("SELECT content FROM ready")}
+
+    def source(self, content: bytes, files: Mapping[str, bytes]) -> BlobSource:
+        """A content as something to merge. Raises ReplicaError where it is not here."""
+        manifest = self.manifest(content)
+        if manifest is None:
+            raise ReplicaError(f"contribution {content.hex()} is not in this replica.")
+        return BlobSource(self.blobs, manifest, files)
+
+    def tips(self, key: bytes) -> list[bytes]:
+        """The last operation of each chain of a key."""
+        rows = self.database.rows("SELECT value FROM set_tips WHERE key BETWEEN ? AND ?", (key, key + b"\xff" * 16))
+        return [msgpack.unpackb(row[0])[1] for row in rows]
+
+    def needed(self) -> set[bytes]:
+        """The blobs that may not be collected."""
+        held = self.opset.held()
+        contents = [*held, *([self.genesis.base] if self.genesis.base else [])]
+        manifests = [manifest for content in contents if (manifest := self.manifest(content)) is not None]
+        needed = {row.digest for manifest in manifests for row in manifest.rows} | set(self.genesis.files.values())
+        for op in (op for content in held for op in self.opset.live(content)):
+            says = op.payload.says if isinstance(op.payload, Add) else Says()
+            needed |= {*(says.files or {}).values(), *says.stats.values()}
+        return needed
+
+    # ---- within a transaction
+
+    def write(self, payload: Payload, manifest: Manifest | None = None) -> Op:
+        """Sign and take an operation of this replica's own. Raises NotAllowedError, OpError, MismatchError."""
+        incarnation = Incarnation(self.database, self.author)
+        current = incarnation.current()
+        op = self.opset.compose(self._own_key(), current, payload)
+        incarnation.written(current, op.seq)
+        missing = self.opset.accept(op, manifest)
+        assert missing is None, "an operation composed here lacks nothing"
+        self._took([op], {})
+        return op
+
+    def take(self, ops: list[Op], manifests: Mapping[bytes, Manifest]) -> Joined:
+        """Take operations of others."""
+        added = {op.payload.content for op in ops if isinstance(op.payload, Add)}
+        known = {content: found for content in added if (found := self.manifest(content)) is not None}
+        joined = self.opset.join(ops, {**manifests, **known})
+        self._took(joined.new, manifests)
+        return joined
+
+    def keep_manifest(self, manifest: Manifest) -> None:
+        """Keep a manifest."""
+        row = (manifest.id, manifest.to_bytes())
+        self.database.run("INSERT OR IGNORE INTO manifests VALUES (?, ?)", row)
+
+    def refresh_ready(self, contents: Iterable[bytes]) -> None:
+        """Look again whether all tensors of some contents are here."""
+        for content in contents:
+            manifest = self.manifest(content)
+            whole = manifest is not None and all(self.blobs.get(row.digest) for row in manifest.rows)
+            statement = "INSERT OR IGNORE INTO ready VALUES (?)" if whole else "DELETE FROM ready WHERE content = ?"
+            self.database.run(statement, (content,))
+
+    def _took(self, ops: Iterable[Op], manifests: Mapping[bytes, Manifest]) -> None:
+        """Keep what belongs to operations that were taken."""
+        now = time.time()
+        for op in ops:
+            self.database.run("INSERT OR IGNORE INTO seen VALUES (?, ?)", (op.id, now))
+            if isinstance(op.payload, Add) and op.payload.content in manifests:
+                self.keep_manifest(manifests[op.payload.content])
+                self.refresh_ready([op.payload.content])
+
+    def _own_key(self) -> Key:
+        if self._key is None or self._key.public != self.author:
+            self._key = Key.load(self.folder / KEY_NAME)
+            if self._key.public != self.author:
+                raise ReplicaError(f"{self.folder / KEY_NAME}: is not this replica's key {self.author.hex()[:16]}.")
+        return self._key
+
+
+class Taking:
+    """New blobs on their way in: a lease, a staging area and an intake, while in the context."""
+
+    def __init__(
+        self, room: Room, recipe: Recipe, architecture: Architecture | None, threads: int | None, progress: Progress
+    ) -> None:
+        self._room, self._recipe, self._architecture = room, recipe, architecture
+        self._threads, self._progress = threads, progress
+        self._open = ExitStack()
+
+    def __enter__(self) -> tuple[Intake, Staging]:
+        with ExitStack() as opened:
+            lease = opened.enter_context(Lease(self._room.database))
+            staging = opened.enter_context(self._room.blobs.staging())
+            intake = Intake(
+                staging, lease, self._recipe, self._architecture, threads=self._threads, progress=self._progress
+            )
+            self._open = opened.pop_all()
+        return intake, staging
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._open.close()

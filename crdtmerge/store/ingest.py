@@ -1,0 +1,128 @@
+"""A model becomes blobs: read once, hashed, checked and copied in the same pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from crdtmerge.errors import UsageError
+from crdtmerge.numerics.workers import Workers
+from crdtmerge.recipe import Recipe
+from crdtmerge.replica.architecture import Architecture
+from crdtmerge.replica.contribution import Manifest, Row
+from crdtmerge.store.blobs import Staging
+from crdtmerge.store.leases import Lease
+from crdtmerge.weights.cache import DigestCache
+from crdtmerge.weights.carried import carried_files
+from crdtmerge.weights.checkpoint import Checkpoint
+from crdtmerge.weights.digests import digest_file
+from crdtmerge.weights.facts import Facts, refuse_nonfinite
+from crdtmerge.weights.header import Entry
+from crdtmerge.weights.state_dict import StateDict
+
+Progress = Callable[[str, int, int], None]
+
+
+class Ingested(NamedTuple):
+    """A model among the blobs: its manifest, its files by name, its bytes, and what should be said about it."""
+
+    manifest: Manifest
+    files: dict[str, bytes]
+    nbytes: int
+    notes: list[str]
+
+
+class Intake:
+    """Takes models into a staging area, under a lease, for a pool with this recipe and architecture."""
+
+    def __init__(
+        self,
+        staging: Staging,
+        lease: Lease,
+        recipe: Recipe,
+        architecture: Architecture | None,
+        *,
+        threads: int | None = None,
+        progress: Progress = lambda stage, done, total: None,
+    ) -> None:
+        self._staging, self._lease, self._recipe, self._architecture = staging, lease, recipe, architecture
+        self._threads, self._progress = threads, progress
+
+    def take(self, model: object, label: str) -> Ingested:
+        """A path to a checkpoint, or a state dict. Raises InputError, MismatchError, StorageError, UsageError."""
+        with Workers(self._threads) as workers:
+            if isinstance(model, str | Path):
+                return self._take_files(Path(model), workers)
+            if isinstance(model, Mapping):
+                state = StateDict(model, label)
+                self._check(state.entries, label)
+                return self._taken(state.entries, state.digest(workers, self._staging), {}, [], lambda name: label)
+        raise UsageError(f"{label} is {type(model).__name__}; a path or a mapping of names to tensors is needed.")
+
+    def _take_files(self, path: Path, workers: Workers) -> Ingested:
+        with Checkpoint.open(path) as checkpoint:
+            self._check(checkpoint.entries, str(path))
+            carried, notes = carried_files(checkpoint.folder) if checkpoint.folder else ({}, [])
+            files = {name: self._staging.file(data) for name, data in carried.items()}
+            facts = self._read(checkpoint, workers)
+            return self._taken(checkpoint.entries, facts, files, [*checkpoint.notes, *notes], checkpoint.where)
+
+    def _read(self, checkpoint: Checkpoint, workers: Workers) -> dict[str, Facts]:
+        """The facts of all tensors, copying those that are not here already."""
+        cache, facts, done = DigestCache(), dict[str, Facts](), 0
+        total = checkpoint.nbytes
+        self._staging.check_space(total)
+
+        def advance(step: int) -> None:
+            nonlocal done
+            done += step
+            self._progress("adding", done, total)
+
+        for file in checkpoint.files:
+            known = cache.get(file.stamp)
+            if known is not None and known.keys() == file.entries.keys() and self._are_here(known):
+                file.check_unchanged()
+            else:
+                known = digest_file(file, workers, advance, self._staging)
+                cache.put(file.stamp, known)
+            facts.update(known)
+        return facts
+
+    def _are_here(self, facts: Mapping[str, Facts]) -> bool:
+        """Whether all tensors of a file are blobs already, and will stay so."""
+        digests = {fact.digest for fact in facts.values()}
+        self._lease.hold(digests)
+        return all(self._staging.reuse(digest) for digest in digests)
+
+    def _check(self, entries: Mapping[str, Entry], where: str) -> None:
+        """Raise MismatchError before anything is copied."""
+        if self._architecture is not None:
+            theirs = {name: (entry.dtype.name, entry.shape) for name, entry in sorted(entries.items())}
+            self._architecture.check(Architecture(theirs), self._recipe, where)
+
+    def _taken(
+        self,
+        entries: Mapping[str, Entry],
+        facts: Mapping[str, Facts],
+        files: dict[str, bytes],
+        notes: list[str],
+        where: Callable[[str], str],
+    ) -> Ingested:
+        if not self._recipe.allow_nonfinite:
+            refuse_nonfinite(facts, self._recipe.excludes, where)
+        rows = sorted(Row(name, entry.dtype.name, entry.shape, facts[name].digest) for name, entry in entries.items())
+        return Ingested(Manifest(tuple(rows)), files, sum(entry.nbytes for entry in entries.values()), notes)
+
+
+def architecture_of(model: object) -> Architecture:
+    """The architecture of a path or a state dict, from its headers alone. Raises InputError, UsageError."""
+    entries: Mapping[str, Entry]
+    if isinstance(model, str | Path):
+        with Checkpoint.open(model) as checkpoint:
+            entries = checkpoint.entries
+    elif isinstance(model, Mapping):
+        entries = StateDict(model, "the model").entries
+    else:
+        raise UsageError(f"the model is {type(model).__name__}; a path or a mapping of names to tensors is needed.")
+    return Architecture({name: (entry.dtype.name, entry.shape) for name, entry in sorted(entries.items())})
