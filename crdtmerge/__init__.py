@@ -16,28 +16,40 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from crdtmerge.errors import CrdtMergeError
+    from crdtmerge.keys import Key
+    from crdtmerge.pool.replica import Replica
+    from crdtmerge.pool.verifying import verify
     from crdtmerge.recipe import Recipe
     from crdtmerge.resolve.merge import Merged, merge
     from crdtmerge.resolve.receipt import Receipt
-    from crdtmerge.resolve.verify import Verdict, verify
+    from crdtmerge.resolve.verify import Verdict
+    from crdtmerge.state import Delta, MergeState
     from crdtmerge.strategies.protocol import Strategy
 
 _HOMES = {
     "CrdtMergeError": "crdtmerge.errors",
+    "Delta": "crdtmerge.state",
+    "Key": "crdtmerge.keys",
+    "MergeState": "crdtmerge.state",
     "Merged": "crdtmerge.resolve.merge",
     "Receipt": "crdtmerge.resolve.receipt",
     "Recipe": "crdtmerge.recipe",
+    "Replica": "crdtmerge.pool.replica",
     "Strategy": "crdtmerge.strategies.protocol",
     "Verdict": "crdtmerge.resolve.verify",
     "merge": "crdtmerge.resolve.merge",
-    "verify": "crdtmerge.resolve.verify",
+    "verify": "crdtmerge.pool.verifying",
 }
 
 __all__ = [
     "CrdtMergeError",
+    "Delta",
+    "Key",
+    "MergeState",
     "Merged",
     "Receipt",
     "Recipe",
+    "Replica",
     "Strategy",
     "Verdict",
     "__version__",

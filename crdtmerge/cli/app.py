@@ -12,7 +12,20 @@ from typing import Annotated
 import typer
 
 from crdtmerge import __version__
-from crdtmerge.cli import demo, inspection, merging, strategy_list, verification
+from crdtmerge.cli import (
+    beginning,
+    contributing,
+    demo,
+    exchanging,
+    inspection,
+    keeping,
+    looking,
+    merging,
+    resolving,
+    signing,
+    strategy_list,
+    verification,
+)
 from crdtmerge.cli.console import fail
 from crdtmerge.errors import CrdtMergeError
 
@@ -47,9 +60,31 @@ COMMANDS = (
     (inspection.inspect, "inspect merged/"),
     (strategy_list.strategies, "strategies ties"),
     (demo.demo, "demo -o digits"),
+    (beginning.init, "init pool --base base/ --strategy ties --set density=0.3"),
+    (contributing.add, "add ft-a/ -C pool --weight 2"),
+    (contributing.remove, "remove 3f2a91c4 -C pool --reason 'trained on the test set'"),
+    (contributing.retract, "retract 3f2a91c4 -C pool --reason poisoned"),
+    (looking.status, "status -C pool"),
+    (looking.log, "log -C pool"),
+    (looking.show, "show 3f2a91c4 -C pool"),
+    (resolving.resolve, "resolve -C pool -o merged/"),
+    (resolving.recipe, "recipe slerp -C pool"),
+    (exchanging.export, "export -C pool -o state.safetensors"),
+    (exchanging.include, "import state.safetensors -C pool"),
+    (keeping.fsck, "fsck -C pool"),
+    (keeping.gc, "gc -C pool"),
 )
-for command, example in COMMANDS:
-    app.command(epilog=f"Example: crdtmerge {example}")(command)
+KEY_COMMANDS = (
+    (signing.show, "keys show -C pool"),
+    (signing.import_key, "keys import key.pem -C pool"),
+    (signing.grant, "keys grant 91c4… --role curator -C pool"),
+    (signing.revoke, "keys revoke 91c4… -C pool"),
+)
+app.add_typer(signing.app)
+for group, commands in ((app, COMMANDS), (signing.app, KEY_COMMANDS)):
+    for command, example in commands:
+        name = example.split()[1 if group is signing.app else 0]
+        group.command(name, epilog=f"Example: crdtmerge {example}")(command)
 
 
 class _Interrupted(BaseException):

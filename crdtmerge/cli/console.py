@@ -35,9 +35,9 @@ def printable(text: str) -> str:
     )
 
 
-def emit(document: object) -> None:
-    """The one JSON document of a command."""
-    print(json.dumps(document, indent=2))
+def emit(document: object, *, compact: bool = False) -> None:
+    """The one JSON document of a command; compact where it may be long."""
+    print(json.dumps(document, indent=None if compact else 2))
 
 
 def fail(error: CrdtMergeError, *, as_json: bool) -> int:

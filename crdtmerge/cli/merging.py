@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -96,7 +97,10 @@ def merge(
         options = Options(threads, device, rehash, None if rehash else DigestCache(), advance)
         one = stack.enter_context(Merge(list(zip(models, said, strict=True)), recipe, base, options))
         receipt, fsync_seconds, written = _write(one, out)
-    report = _report(one, receipt, out, written)
+    labels = {c.id: c.source.label for c in one.gathered.contributions}
+    if one.gathered.base:
+        labels[one.gathered.base.id] = one.gathered.base.source.label
+    report = report_of(receipt, out, written=written, bytes_read=one.bytes_read, labels=labels)
     resident, anonymous = memory.finish()
     report |= {"seconds": round(time.perf_counter() - begin, 6), "fsync_seconds": round(fsync_seconds, 6)}
     report |= {"peak_rss_bytes": resident, "peak_anon_bytes": anonymous}
@@ -105,7 +109,7 @@ def merge(
     if as_json:
         emit(report)
     else:
-        _print(report)
+        print_report(report)
 
 
 def parsed(settings: list[str]) -> dict[str, Any]:
@@ -173,37 +177,47 @@ def _write(one: Merge, out: Path | None) -> tuple[Receipt, float, int]:
     return into_files(one, out)
 
 
-def _report(one: Merge, receipt: Receipt, out: Path | None, written: int) -> dict[str, Any]:
-    base = one.gathered.base
+def report_of(
+    receipt: Receipt,
+    out: Path | None,
+    *,
+    written: int,
+    bytes_read: int,
+    labels: Mapping[bytes, str] | None = None,
+) -> dict[str, Any]:
+    """A merge as a JSON value; ``labels`` are the paths of the inputs, by content id."""
+    recipe, paths = receipt.recipe, labels or {}
     return {
         "out": str(out) if out else None,
         "merge_id": receipt.merge_id.hex(),
         "root": receipt.root.hex(),
-        "recipe_id": receipt.recipe.id.hex(),
-        "strategy": receipt.recipe.strategy,
-        "version": receipt.recipe.version,
+        "recipe_id": recipe.id.hex(),
+        "strategy": recipe.strategy,
+        "version": recipe.version,
         "class": "E" if receipt.exact else "P",
-        "seed": receipt.recipe.seed_for(receipt.root).hex(),
+        "seed": recipe.seed_for(receipt.root).hex(),
         "contributions": [
-            {"path": c.source.label, "id": c.id.hex(), "weight": str(c.claim.weight)} for c in one.gathered.contributions
+            {"path": paths.get(content), "id": content.hex(), "weight": str(claim.weight)}
+            for content, claim in receipt.contributions
         ],
-        "base": {"path": base.source.label, "id": base.id.hex()} if base else None,
+        "base": {"path": paths.get(recipe.base), "id": recipe.base.hex()} if recipe.base else None,
         "tensors": len(receipt.tensors),
         "output_digest": receipt.output_digest.hex(),
-        "bytes_read": one.bytes_read,
+        "bytes_read": bytes_read,
         "bytes_written": written,
     }
 
 
-def _print(report: dict[str, Any]) -> None:
+def print_report(report: dict[str, Any]) -> None:
+    """A merge for people."""
     rate = report["bytes_read"] / max(report["seconds"] - report["fsync_seconds"], 1e-9) / 1e9
     where = report["out"] or "nowhere (no -o)"
     tell(f"{report['strategy']} of {len(report['contributions'])} models, {report['tensors']} tensors -> {where}")
     tell(f"  in {report['seconds']:.2f} s ({report['fsync_seconds']:.2f} s of it fsync), {rate:.1f} GB/s")
     for contribution in report["contributions"]:
-        tell(f"  {contribution['id'][:16]}  weight {contribution['weight']:<6}  {contribution['path']}")
+        tell(f"  {contribution['id'][:16]}  weight {contribution['weight']:<6}  {contribution['path'] or ''}".rstrip())
     if report["base"]:
-        tell(f"  {report['base']['id'][:16]}  base           {report['base']['path']}")
+        tell(f"  {report['base']['id'][:16]}  base           {report['base']['path'] or ''}".rstrip())
     tell(f"  root          {report['root']}")
     tell(f"  merge id      {report['merge_id']}")
     tell(f"  output digest {report['output_digest']}")

@@ -26,7 +26,7 @@ def verify(
     The inputs are hashed anew. Exit code 0: the same bytes. 1: different. 2: cannot tell, because an input is missing or the build is another.
     """
     from crdtmerge.cli.merging import check_device
-    from crdtmerge.resolve.verify import verify as verified
+    from crdtmerge.pool.verifying import verify as verified
 
     check_device(device)
     with progress(quiet=as_json) as show:

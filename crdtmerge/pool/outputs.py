@@ -26,10 +26,11 @@ from crdtmerge.strategies.protocol import Plan
 
 
 class Resolved(NamedTuple):
-    """An output that is up to date: its receipt, the bytes written, whether a merge ran, seconds of fsync, notes."""
+    """An output that is up to date: receipt, bytes written and read, whether a merge ran, seconds of fsync, notes."""
 
     receipt: Receipt
     nbytes: int
+    bytes_read: int
     merged: bool
     fsync_seconds: float
     notes: tuple[str, ...]
@@ -57,12 +58,12 @@ def resolve_to(room: Room, out: Path, threads: int | None, device: str, progress
         inputs = _inputs(room, lease)
         known = _remembered(room, inputs.merge_id, is_folder(out))
         if known is not None and out.exists() and intact(out, known, threads):
-            return Resolved(known, 0, False, 0.0, ())
+            return Resolved(known, 0, 0, False, 0.0, ())
         options = Options(threads=threads, device=device, rehash=True, progress=progress)
         with Merge(inputs.models, inputs.recipe, inputs.base, options) as one:
             receipt, fsync_seconds, nbytes = into_files(one, out, _remembered_plan(room, inputs.merge_id))
             _remember(room, inputs.merge_id, is_folder(out), receipt, one.plan)
-            return Resolved(receipt, nbytes, True, fsync_seconds, tuple(one.notes))
+            return Resolved(receipt, nbytes, one.bytes_read, True, fsync_seconds, tuple(one.notes))
 
 
 def _inputs(room: Room, lease: Lease) -> _Inputs:

@@ -243,6 +243,27 @@ class Replica:
         row = self._room.database.one("SELECT at FROM seen WHERE op = ?", (op,))
         return None if row is None else float(row[0])
 
+    def last_ops(self, count: int | None = None) -> list[Op]:
+        """The last operations, or all, in the order (height, id)."""
+        if count is None:
+            return list(self.opset.ops())
+        rows = self._room.database.rows("SELECT member FROM set_order ORDER BY key DESC, member DESC LIMIT ?", (count,))
+        return [self.opset.op(row[0]) for row in reversed(rows)]
+
+    def known_keys(self) -> set[bytes]:
+        """Every key that signed something here, or was granted or revoked."""
+        actors = {row[0][:32] for row in self._room.database.rows("SELECT key FROM set_tips")}
+        named = (self.opset.op(row[0]).payload for row in self._room.database.rows("SELECT key FROM set_members"))
+        return actors | {payload.key for payload in named if isinstance(payload, Grant | Revoke)}
+
+    def bytes_of(self, content: bytes) -> int | None:
+        """Bytes of a content's tensors that are here; None if its manifest is not."""
+        manifest = self.manifest(content)
+        if manifest is None:
+            return None
+        blobs = [self._room.blobs.get(row.digest) for row in manifest.rows]
+        return sum(blob.nbytes for blob in blobs if blob)
+
     def version(self) -> int:
         """A number that changes when another process or thread commits: how a running node notices."""
         return self._room.database.version()

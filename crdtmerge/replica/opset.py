@@ -39,7 +39,7 @@ from crdtmerge.replica.entry import Entry
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.log import Log
 from crdtmerge.replica.members import Rank
-from crdtmerge.replica.op import Add, Op, Payload, SetRecipe, signed
+from crdtmerge.replica.op import Add, Op, Payload, Retract, SetRecipe, signed
 from crdtmerge.replica.tables import Tables
 from crdtmerge.replica.trie import Proof
 
@@ -155,6 +155,18 @@ class OpSet:
     def hidden(self) -> list[Hidden]:
         """The contents that were added and are not visible, by content id."""
         return [Hidden(key, *value) for key, _, value in self.tables.every("hidden")]
+
+    def why_hidden(self, content: bytes) -> Hidden | None:
+        """Why a content that was added is not visible; None if it is."""
+        value = self.tables.get("hidden", content)
+        return None if value is None else Hidden(content, *value)
+
+    def history(self, content: bytes) -> list[Op]:
+        """Every operation that speaks of a content, in the order (height, id)."""
+        adds = [one for one, _ in self.tables.members("adds", content)]
+        retracts = [op.id for op in self.ops() if isinstance(op.payload, Retract) and op.payload.content == content]
+        ends = {end for one in [*adds, *retracts] for end, _ in self.tables.members("killers", one)}
+        return sorted(map(self.op, {*adds, *retracts, *ends}), key=lambda op: op.order)
 
     def contents(self) -> list[bytes]:
         """Every content that was ever added, by id."""

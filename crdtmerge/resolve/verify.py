@@ -11,7 +11,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from crdtmerge.resolve.gather import known
 from crdtmerge.resolve.merge import is_folder
 from crdtmerge.resolve.merging import Merge, Options
 from crdtmerge.resolve.receipt import Receipt
-from crdtmerge.resolve.sources import open_source
+from crdtmerge.resolve.sources import Source, open_source
 from crdtmerge.strategies import registry
 from crdtmerge.weights.carried import CARRIED_NAMES, read_small
 from crdtmerge.weights.layout import INDEX_NAME, Layout
@@ -52,6 +52,15 @@ class UnknownError(Exception):
     """Why there is no telling."""
 
 
+Opener = Callable[[Path, Set[bytes]], Sequence[Source]]
+"""Opens what lies at a path and may hold the contents that are wanted. Raises CrdtMergeError."""
+
+
+def open_checkpoint(path: Path, wanted: Set[bytes]) -> Sequence[Source]:
+    """A checkpoint, whatever its content."""
+    return [open_source(path, str(path))]
+
+
 def verify(
     out: Path,
     against: Sequence[Path] = (),
@@ -59,14 +68,16 @@ def verify(
     threads: int | None = None,
     device: str = "cpu",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    opener: Opener = open_checkpoint,
 ) -> Verdict:
     """Merge again and compare. ``against`` names where the inputs are, in any order, instead of ``inputs.json``."""
     receipt: Receipt | None = None
     try:
         receipt = _receipt(out)
         _check_version(receipt)
-        paths = _found(receipt, against or _hinted(out), threads)
-        _merge_again(out, receipt, paths, Options(threads, device, rehash=True, progress=progress))
+        with ExitStack() as opened:
+            sources = _found(receipt, against or _hinted(out), threads, opener, opened)
+            _merge_again(out, receipt, sources, Options(threads, device, rehash=True, progress=progress))
     except DifferentError as found:
         return Verdict("different", str(found), receipt)
     except UnknownError as found:
@@ -142,19 +153,21 @@ def _hinted(out: Path) -> list[Path]:
         raise DifferentError(f"{path}: not a list of inputs ({type(fault).__name__}: {fault})") from None
 
 
-def _found(receipt: Receipt, paths: Sequence[Path], threads: int | None) -> dict[bytes, Path]:
-    """The path of each input's content, hashed anew. Raises UnknownError if one is not there."""
+def _found(
+    receipt: Receipt, paths: Sequence[Path], threads: int | None, opener: Opener, opened: ExitStack
+) -> dict[bytes, Source]:
+    """Each input's content, hashed anew when it is merged. Raises UnknownError if one is not there."""
     wanted = {content for content, _ in receipt.contributions} | (
         {receipt.recipe.base} if receipt.recipe.base else set()
     )
-    found: dict[bytes, Path] = {}
+    found: dict[bytes, Source] = {}
     faults = []
     with Workers(threads) as workers:
         for path in dict.fromkeys(paths):
             try:
-                source = open_source(path, str(path))
-                found[known(source, workers, None, lambda read: None).id] = path
-                source.close()
+                for source in opener(path, wanted):
+                    opened.callback(source.close)
+                    found[known(source, workers, None, lambda read: None).id] = source
             except CrdtMergeError as fault:
                 faults.append(str(fault))
     missing = sorted(wanted - found.keys())
@@ -165,10 +178,10 @@ def _found(receipt: Receipt, paths: Sequence[Path], threads: int | None) -> dict
     return {content: found[content] for content in wanted}
 
 
-def _merge_again(out: Path, receipt: Receipt, paths: Mapping[bytes, Path], options: Options) -> None:
-    models: list[tuple[Path, Claim]] = [(paths[content], claim) for content, claim in receipt.contributions]
+def _merge_again(out: Path, receipt: Receipt, sources: Mapping[bytes, Source], options: Options) -> None:
+    models: list[tuple[Source, Claim]] = [(sources[content], claim) for content, claim in receipt.contributions]
     recipe = receipt.recipe
-    base = paths[recipe.base] if recipe.base else None
+    base = sources[recipe.base] if recipe.base else None
     with Merge(models, _as_asked(recipe), base, options) as one:
         layout = one.layout(None if is_folder(out) else out.name)
         with _comparing(out, layout) as sink:

@@ -22,13 +22,23 @@ Environment: `CRDTMERGE_CACHE` is the folder of the digest cache (`$XDG_CACHE_HO
 def page() -> str:
     """The whole page."""
     sections = [HEAD]
-    for name in sorted(get_command(app).commands):  # type: ignore[attr-defined]
+    for name in _names(get_command(app)):
         shown = CliRunner().invoke(
-            app, [name, "--help"], env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"}, prog_name="crdtmerge"
+            app, [*name.split(), "--help"], env={"COLUMNS": "100", "TERMINAL_WIDTH": "100"}, prog_name="crdtmerge"
         )
         assert shown.exit_code == 0, shown.output
         sections.append(f"## crdtmerge {name}\n\n```\n{shown.output.strip()}\n```\n")
     return "\n".join(sections)
+
+
+def _names(group: object, before: str = "") -> list[str]:
+    """The commands of a group and of the groups in it, sorted."""
+    commands = group.commands  # type: ignore[attr-defined]
+    found = []
+    for name in sorted(commands):
+        inner = hasattr(commands[name], "commands")
+        found += _names(commands[name], f"{before}{name} ") if inner else [f"{before}{name}"]
+    return found
 
 
 if __name__ == "__main__":

@@ -27,7 +27,13 @@ ROOMS = (
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
-FORBIDDEN = {("weights", "strategies"), ("weights", "recipe"), ("replica", "weights"), ("replica", "strategies"), ("store", "resolve")}
+FORBIDDEN = {
+    ("weights", "strategies"),
+    ("weights", "recipe"),
+    ("replica", "weights"),
+    ("replica", "strategies"),
+    ("store", "resolve"),
+}
 ENTRY_POINTS = {"__init__", "__main__"}
 
 
