@@ -20,7 +20,7 @@ from typing import Any
 import msgpack
 
 DECIMAL_DIGITS_MAX = 40
-"""Significant digits of a number in a recipe or claim: a float has at most 17."""
+"""Digits of a number in a recipe or claim, without zeros at either end: a float has at most 17."""
 
 DECIMAL_EXPONENT_MAX = 300
 """The largest power of ten, in size, of such a number: within what a float64 holds."""
@@ -41,6 +41,47 @@ def pack(value: Any) -> bytes:
     """The canonical bytes of a value. Raises TypeError for floats and other types without such a form."""
     packed: bytes = msgpack.packb(_plain(value), use_bin_type=True)
     return packed
+
+
+DEPTH_MAX = 32
+"""Levels of lists and maps in canonical bytes that are read: ours have at most eight. A bound of our own, since the
+interpreter's depends on how deep the caller stands."""
+
+
+def unpack(data: bytes) -> Any:
+    """The value of canonical bytes. Raises ValueError for any others: values have one byte form.
+
+    >>> unpack(pack({"a": [1, None]}))
+    {'a': [1, None]}
+    """
+    try:
+        value = msgpack.unpackb(data)
+    except (ValueError, TypeError, RecursionError, msgpack.exceptions.UnpackException) as fault:
+        raise ValueError(f"no MessagePack, or not of our kinds ({type(fault).__name__})") from None
+    _check_plain(value)
+    if pack(value) != data:
+        raise ValueError("not in canonical form")
+    return value
+
+
+def _check_plain(value: Any) -> None:
+    """Raise ValueError for kinds of values without canonical form, or for too many levels of them."""
+    level = [value]
+    for _ in range(DEPTH_MAX):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, list):
+                below += item
+            elif isinstance(item, dict):
+                if not all(isinstance(key, str) for key in item):
+                    raise ValueError("a map has keys that are no text")
+                below += item.values()
+            elif item is not None and not isinstance(item, bool | int | str | bytes):
+                raise ValueError(f"{type(item).__name__} has no canonical byte form")
+        if not below:
+            return
+        level = below
+    raise ValueError(f"more than {DEPTH_MAX} levels of lists and maps")
 
 
 def digest(domain: str, value: Any) -> bytes:
@@ -69,7 +110,8 @@ def decimal(value: Any) -> Decimal:
         raise ValueError(f"{value!r} is not a number") from None
     if not number.is_finite():
         raise ValueError(f"{value!r} is not a finite number")
-    if len(number.as_tuple().digits) > DECIMAL_DIGITS_MAX or abs(number.adjusted()) > DECIMAL_EXPONENT_MAX:
+    written = "".join(map(str, number.as_tuple().digits)).strip("0")
+    if len(written) > DECIMAL_DIGITS_MAX or abs(number.adjusted()) > DECIMAL_EXPONENT_MAX:
         raise ValueError(f"a number of more than {DECIMAL_DIGITS_MAX} digits or beyond 1e{DECIMAL_EXPONENT_MAX}")
     return Decimal(decimal_text(number))
 

@@ -14,7 +14,7 @@ from typing import Any
 from crdtmerge.canonical import digest
 from crdtmerge.errors import MismatchError, some
 from crdtmerge.recipe import Recipe
-from crdtmerge.replica.contribution import Row
+from crdtmerge.replica.contribution import Row, natural, tensor_name
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,14 @@ class Architecture:
     def canonical(self) -> list[Any]:
         """[[name, dtype, shape]...] in the order of names."""
         return [[name, dtype, list(shape)] for name, (dtype, shape) in self.tensors.items()]
+
+    @classmethod
+    def of_value(cls, rows: Iterable[Any]) -> Architecture:
+        """Read the canonical value. Raises ValueError or TypeError for anything else."""
+        tensors = {tensor_name(name): (tensor_name(dtype), tuple(map(natural, shape))) for name, dtype, shape in rows}
+        if list(tensors) != sorted(tensors):
+            raise ValueError("tensors are not in the order of their names")
+        return cls(tensors)
 
     def check(self, other: Architecture, recipe: Recipe, where: str) -> None:
         """Raise MismatchError, naming the first difference, unless ``other`` fits this one under a recipe."""

@@ -14,10 +14,8 @@ from decimal import Decimal
 from functools import cached_property
 from typing import Any, NamedTuple, TypeGuard
 
-import msgpack
-
 from crdtmerge import limits
-from crdtmerge.canonical import decimal, decimal_text, digest, pack
+from crdtmerge.canonical import decimal, decimal_text, digest, pack, unpack
 from crdtmerge.errors import InputError, OpError
 
 ROLES = ("task", "forget", "unlearned", "safety")
@@ -67,30 +65,34 @@ class Manifest:
         try:
             if len(data) > limits.MANIFEST_BYTES_MAX:
                 raise ValueError(f"{len(data)} bytes, at most {limits.MANIFEST_BYTES_MAX} are read")
-            table = msgpack.unpackb(data)
+            table = unpack(data)
             rows = tuple(
-                Row(_name(name), _name(dtype), tuple(map(_natural, shape)), _hash(found))
+                Row(tensor_name(name), tensor_name(dtype), tuple(map(natural, shape)), _hash(found))
                 for name, dtype, shape, found in table["rows"]
             )
             manifest = cls(rows, table["kind"], table["base"])
+            if manifest.base is not None and not is_id(manifest.base):
+                raise ValueError(f"base {manifest.base!a:.80} is no digest of 32 bytes")
             if manifest.kind not in KINDS or (manifest.kind == "full") != (manifest.base is None):
                 raise ValueError(f"kind {manifest.kind!r} with base {manifest.base!r}")
             if len(rows) > limits.TENSORS_MAX or any(a.name >= b.name for a, b in itertools.pairwise(rows)):
                 raise ValueError("its rows are too many, or not in the order of their names")
             if manifest.to_bytes() != data:
                 raise ValueError("not in canonical form")
-        except (ValueError, KeyError, TypeError, AttributeError, msgpack.exceptions.UnpackException) as fault:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as fault:
             raise InputError(f"a manifest is malformed: {fault}.") from None
         return manifest
 
 
-def _name(value: object) -> str:
+def tensor_name(value: object) -> str:
+    """A name in a manifest. Raises ValueError."""
     if not isinstance(value, str) or not value or len(value.encode()) > limits.TENSOR_NAME_BYTES_MAX:
         raise ValueError(f"{value!a:.80} is no name")
     return value
 
 
-def _natural(value: object) -> int:
+def natural(value: object) -> int:
+    """A size in a manifest. Raises ValueError."""
     if type(value) is not int or not 0 <= value < 1 << 63:
         raise ValueError(f"{value!a:.80} is no size")
     return value

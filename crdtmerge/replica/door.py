@@ -62,6 +62,8 @@ def _check_revoke(log: Log, author: bytes, payload: Revoke, where: str) -> None:
 def _check_recipe(log: Log, payload: SetRecipe, where: str) -> None:
     try:
         recipe = Recipe.from_canonical(payload.recipe)
+        if recipe.canonical() != payload.recipe:
+            raise ValueError("not in its canonical form")
     except (ValueError, KeyError, TypeError, UsageError) as fault:
         raise OpError(f"{where}: not a complete recipe ({fault}).") from None
     if recipe.base != log.genesis.base:

@@ -6,6 +6,8 @@ operations of the keys whose rights it changes.
 
 from __future__ import annotations
 
+from typing import Any
+
 from crdtmerge.canonical import digest
 from crdtmerge.replica.entry import spoken_of
 from crdtmerge.replica.log import Log
@@ -117,15 +119,19 @@ class Effects:
         tables.put("roots", b"visible", value=visible.root)
         tables.put("roots", b"state", value=state.root)
 
-    def _hide(self, content: bytes, live: list[tuple[bytes, object]], retracts: list[tuple[bytes, object]]) -> None:
+    def _hide(self, content: bytes, live: list[tuple[bytes, Any]], retracts: list[tuple[bytes, Any]]) -> None:
         """Say why a content is not visible, if it was ever added."""
+        authors = {author for _, (author, _) in live}
+        hiding = [one for one, (by, everyones) in retracts if everyones or by in authors]
         removed = self._tables.get("removed", content)
-        if live or (retracts and self._tables.has("contents", content)):
-            self._keep_reason(content, "retracted", max(self._log.op(one).order for one, _ in retracts)[1])
+        if not self._tables.has("contents", content):
+            return
+        if hiding:
+            self._keep_reason(content, "retracted", max(self._log.op(one).order for one in hiding)[1])
         elif removed is not None:
             why = "replaced" if isinstance(self._log.op(removed[1]).payload, Add) else "removed"
             self._keep_reason(content, why, removed[1])
-        elif self._tables.has("contents", content):
+        else:
             void = max(self._log.op(dot).order for dot, _ in self._tables.members("adds", content))
             self._keep_reason(content, "revoked", void[1])
 

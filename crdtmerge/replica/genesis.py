@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
-import msgpack
-
 from crdtmerge import limits
-from crdtmerge.canonical import digest, pack
+from crdtmerge.canonical import digest, pack, unpack
 from crdtmerge.errors import CrdtMergeError, InputError, PoolMismatchError
 from crdtmerge.keys import is_small_order
 from crdtmerge.recipe import Recipe
@@ -73,10 +71,10 @@ class Genesis:
         try:
             if len(data) > limits.MANIFEST_BYTES_MAX:
                 raise ValueError(f"{len(data)} bytes, at most {limits.MANIFEST_BYTES_MAX} are read")
-            genesis = cls._of_value(msgpack.unpackb(data))
+            genesis = cls._of_value(unpack(data))
             if genesis.to_bytes() != data:
                 raise ValueError("not in canonical form")
-        except (*_MALFORMED, msgpack.exceptions.UnpackException) as fault:
+        except _MALFORMED as fault:
             raise InputError(f"a genesis record is malformed: {type(fault).__name__} {fault!s:.200}.") from None
         return genesis
 
@@ -96,11 +94,12 @@ class Genesis:
         succeeds = value["succeeds"]
         if succeeds is not None and not (len(succeeds) == 2 and all(map(is_id, succeeds))):
             raise ValueError("succeeds")
-        rows = value["architecture"]
-        tensors = None if rows is None else {name: (dtype, tuple(shape)) for name, dtype, shape in rows}
+        rows, recipe = value["architecture"], Recipe.from_canonical(value["recipe"])
+        if recipe.base is not None and not is_id(recipe.base):
+            raise ValueError("base")
         return cls(
-            Recipe.from_canonical(value["recipe"]),
-            None if tensors is None else Architecture(tensors),
+            recipe,
+            None if rows is None else Architecture.of_value(rows),
             value["membership"],
             curators if curators == "any" else tuple(curators),
             named(value["files"], "files"),
@@ -139,4 +138,4 @@ def _hex(identity: bytes | None) -> str:
     return identity.hex() if identity else "none"
 
 
-_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, AssertionError, CrdtMergeError, RecursionError)
+_MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, CrdtMergeError)

@@ -22,10 +22,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Literal
 
-import msgpack
-
 from crdtmerge import limits
-from crdtmerge.canonical import pack
+from crdtmerge.canonical import pack, unpack
 from crdtmerge.errors import OpError
 from crdtmerge.keys import Key, verify
 from crdtmerge.replica.contribution import Says, is_id, text
@@ -279,12 +277,10 @@ def _signed(identity: bytes) -> bytes:
 def signed(
     key: Key, pool: bytes, incarnation: bytes, seq: int, prev: bytes | None, deps: Ids, height: int, payload: Payload
 ) -> Op:
-    """A new operation by ``key``. Raises OpError if it is larger than any replica would take."""
+    """A new operation by ``key``. Raises OpError for one that no replica could read."""
     author = key.public
     body = pack([VERSION, pool, author, incarnation, seq, prev, list(deps), height, payload.kind, payload.value])
-    if len(body) + SIGNATURE_BYTES > limits.OP_BYTES_MAX:
-        raise OpError(f"the operation has {len(body)} bytes; at most {limits.OP_BYTES_MAX} are taken. Say less in it.")
-    return Op(pool, author, incarnation, seq, prev, deps, height, payload, body, key.sign(_signed(op_id(body))))
+    return _parsed(key.sign(_signed(op_id(body))) + body)
 
 
 def _parsed(wire: bytes) -> Op:
@@ -292,11 +288,9 @@ def _parsed(wire: bytes) -> Op:
         raise OpError(f"an operation has {len(wire)} bytes; at most {limits.OP_BYTES_MAX} are taken.")
     body = wire[SIGNATURE_BYTES:]
     try:
-        fields = msgpack.unpackb(body)
-        canonical = pack(fields) == body
-        version, pool, author, incarnation, seq, prev, deps, height, kind, value = fields
-        if version != VERSION or not canonical:
-            raise OpError("its version is unknown or its bytes are not in canonical form")
+        version, pool, author, incarnation, seq, prev, deps, height, kind, value = unpack(body)
+        if type(version) is not int or version != VERSION:
+            raise OpError(f"its version is {version!a:.80}, not {VERSION}")
         payload = KINDS[kind].of_value(value)
         if payload.value != value:
             raise OpError(f"a payload of kind {kind} has other fields")
@@ -319,10 +313,7 @@ def _parsed(wire: bytes) -> Op:
     return op
 
 
-_MALFORMED = (
-    *(OpError, ValueError, KeyError, TypeError, AttributeError, AssertionError, RecursionError, OverflowError),
-    msgpack.exceptions.UnpackException,
-)
+_MALFORMED = (OpError, ValueError, KeyError, TypeError, AttributeError, OverflowError)
 
 
 def _words(fault: BaseException) -> str:

@@ -245,6 +245,9 @@ class OpSet:
         heads = sorted((self.op(one).order for one in self.heads() if one != prev), reverse=True)
         deps = tuple(sorted(one for _, one in heads[: limits.PARENTS_MAX]))
         parents = {*deps, *payload.targets, *([prev] if prev else [])}
+        unknown = [one.hex()[:16] for one in payload.targets if one not in self]
+        if unknown:
+            raise OpError(f"a {payload.kind} of operations that are not here: {', '.join(unknown)}.")
         height = 1 + max((self.op(one).height for one in parents), default=0)
         op = signed(key, self.pool, incarnation, seq, prev, deps, height, payload)
         check(self._log, op)

@@ -79,6 +79,8 @@ class Proof(NamedTuple):
 
         Raises ValueError for a path that no trie has.
         """
+        if len(self.identity) != ID_BITS // 8 or len(self.value) != len(EMPTY):
+            raise ValueError("a leaf is an id and a value of 32 bytes each")
         bits = [bit for bit, _ in self.path]
         if any(a >= b for a, b in itertools.pairwise(bits)) or not all(0 <= bit < ID_BITS for bit in bits):
             raise ValueError("the forks of a path rise from bit 0 to bit 255")
@@ -93,8 +95,8 @@ class Trie:
 
     >>> from crdtmerge.replica.tables import MemoryTables
     >>> trie = Trie(MemoryTables(), "visible_nodes", EMPTY)
-    >>> trie.put(bytes(32), b"v")
-    >>> trie.root == root({bytes(32): b"v"}) == trie.prove(bytes(32)).root()
+    >>> trie.put(bytes(32), bytes(32))
+    >>> trie.root == root({bytes(32): bytes(32)}) == trie.prove(bytes(32)).root()
     True
     """
 

@@ -113,7 +113,7 @@ def test_the_spelling_of_a_weight_does_not_enter(weight: str) -> None:
 
 
 def test_no_statistics_and_an_empty_map_of_them_are_the_same_claim() -> None:
-    assert leaf(bytes(32), Claim(stats={})) == leaf(bytes(32), Claim(stats=None))
+    assert leaf(bytes(32), Claim()) == leaf(bytes(32), Claim(stats={}))
 
 
 # Content ids

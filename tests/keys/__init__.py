@@ -1,0 +1,1 @@
+"""Keys: files, signatures, points of small order."""
