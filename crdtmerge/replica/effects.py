@@ -116,8 +116,6 @@ class Effects:
             state.put(content, digest("state-leaf", [[one for one, _ in live], [one for one, _ in retracts]]))
         else:
             state.drop(content)
-        tables.put("roots", b"visible", value=visible.root)
-        tables.put("roots", b"state", value=state.root)
 
     def _hide(self, content: bytes, live: list[tuple[bytes, Any]], retracts: list[tuple[bytes, Any]]) -> None:
         """Say why a content is not visible, if it was ever added."""

@@ -18,7 +18,7 @@ The tables, by (key, member) -> value:
     killers    id, id                        which operations end an ADD or RETRACT
     removed    content -> (height, id)       the greatest operation that ended a dot of it
     visible    content -> entry              hidden   content -> (why, id)
-    roots      "visible" | "state" -> hash   visible_nodes, state_nodes   the nodes of the two tries
+    visible_nodes, state_nodes               the pages of the two tries
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.members import Members, Past, Rank
 from crdtmerge.replica.op import Grant, Op, Remove, Retract, Revoke, SetRecipe
 from crdtmerge.replica.tables import Tables
-from crdtmerge.replica.trie import EMPTY, Trie
+from crdtmerge.replica.trie import Trie
 
-_NO_PAST = digest("past", [])
+MET_MAX = 16384
+"""Operations and pasts that are remembered besides the tables; they never change."""
 
 
 class Log:
@@ -39,43 +40,46 @@ class Log:
     def __init__(self, genesis: Genesis, tables: Tables) -> None:
         self.genesis, self.tables = genesis, tables
         self._authority: tuple[list[bytes], Members] | None = None
+        self._met: dict[bytes, Op] = {}
+        self._pasts: dict[bytes, Past] = {}
 
     def __contains__(self, identity: bytes) -> bool:
         return self.tables.has("ops", identity)
 
     def op(self, identity: bytes) -> Op:
         """An operation that is here. Raises KeyError."""
-        wire = self.tables.get("ops", identity)
-        if wire is None:
-            raise KeyError(identity.hex())
-        return Op.stored(wire)
+        op = self._met.get(identity)
+        if op is None:
+            wire = self.tables.get("ops", identity)
+            if wire is None:
+                raise KeyError(identity.hex())
+            op = self._met[identity] = Op.stored(wire)
+            if len(self._met) > MET_MAX:
+                self._met.clear()
+        return op
 
     def is_void(self, identity: bytes) -> bool:
         """Whether an operation lost its right to a REVOKE."""
         return self.tables.has("void", identity)
 
-    def root(self, which: str) -> bytes:
-        """The root of a trie: ``visible`` or ``state``."""
-        found: bytes | None = self.tables.get("roots", which.encode())
-        return EMPTY if found is None else found
-
     def trie(self, which: str) -> Trie:
-        """One of the two tries."""
-        return Trie(self.tables, f"{which}_nodes", self.root(which))
+        """One of the two tries: ``visible`` or ``state``."""
+        return Trie(self.tables, f"{which}_nodes")
 
     def past_of(self, op: Op) -> Past:
         """The GRANTs and REVOKEs in the causal past of an operation whose parents are here."""
-        keys = {self.tables.get("context", one) or _NO_PAST for one in op.parents}
-        past = frozenset().union(*(self._members_in(key) for key in keys))
-        own = {one for one in op.parents if self.tables.has("members", one)}
-        return past | own
+        own = {one for one in op.parents if isinstance(self.op(one).payload, Grant | Revoke)}
+        return frozenset(own).union(*map(self.past, op.parents))
 
     def past(self, identity: bytes) -> Past:
         """The same of an operation that is here."""
-        return self._members_in(self.tables.get("context", identity) or _NO_PAST)
-
-    def _members_in(self, key: bytes) -> Past:
-        return frozenset(self.tables.get("contexts", key) or ()) if key != _NO_PAST else frozenset()
+        past = self._pasts.get(identity)
+        if past is None:
+            key = self.tables.get("context", identity)
+            past = self._pasts[identity] = frozenset(self.tables.get("contexts", key) if key else ())
+            if len(self._pasts) > MET_MAX:
+                self._pasts.clear()
+        return past
 
     def keep_past(self, op: Op, past: Past) -> None:
         """Pasts are few and shared by most operations: each is kept once, under its digest."""

@@ -203,7 +203,7 @@ class OpSet:
     @property
     def root(self) -> bytes:
         """The Merkle root of the visible set, which a merge depends on: 32 bytes."""
-        return self._log.root("visible")
+        return self._log.trie("visible").root
 
     @property
     def state_root(self) -> bytes:
@@ -212,11 +212,14 @@ class OpSet:
         forks = [
             [dot, *(one for one, _ in self.tables.members("dots", dot)[:2])] for dot, _, _ in self.tables.every("forks")
         ]
-        return digest("state", [self.pool, self._log.root("state"), members, self._recipe_op(), forks])
+        return digest("state", [self.pool, self._log.trie("state").root, members, self._recipe_op(), forks])
 
     def prove(self, content: bytes) -> Proof:
         """That a content is under ``root`` with its leaf. Raises KeyError for one that is not visible."""
-        return self._log.trie("visible").prove(content)
+        entry = self.entry(content)
+        if entry is None:
+            raise KeyError(content.hex())
+        return self._log.trie("visible").prove(content, entry.leaf)
 
     @property
     def recipe(self) -> Recipe:

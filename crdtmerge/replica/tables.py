@@ -6,7 +6,7 @@ the empty member. Listing is in the order of keys and members, so that no order 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 Value = Any
@@ -15,9 +15,12 @@ NAMES = (
     *("ops", "order", "heads", "dots", "tips", "authors", "forks"),
     *("context", "contexts", "members", "void", "recipes"),
     *("contents", "adds", "killers", "live", "retracts", "removed"),
-    *("visible", "hidden", "roots", "visible_nodes", "state_nodes"),
+    *("visible", "hidden", "visible_nodes", "state_nodes"),
 )
-"""Every table; ``opset`` says what is in each."""
+"""Every table; ``log`` says what is in each."""
+
+RAW = frozenset({"ops", "visible_nodes", "state_nodes"})
+"""Tables whose values are all bytes."""
 
 
 class Tables(Protocol):
@@ -37,10 +40,6 @@ class Tables(Protocol):
 
     def drop(self, table: str, key: bytes, member: bytes = b"") -> None:
         """Forget a value, if there is one."""
-        ...
-
-    def change(self, table: str, gone: Iterable[bytes], come: Iterable[tuple[bytes, Value]]) -> None:
-        """Forget the values of some keys, then keep others, all with the empty member."""
         ...
 
     def members(self, table: str, key: bytes) -> list[tuple[bytes, Value]]:
@@ -90,13 +89,6 @@ class MemoryTables:
             if not inner:
                 del self._tables[table][key]
                 self._own.discard((table, key))
-
-    def change(self, table: str, gone: Iterable[bytes], come: Iterable[tuple[bytes, Value]]) -> None:
-        """Forget the values of some keys, then keep others."""
-        for key in gone:
-            self.drop(table, key)
-        for key, value in come:
-            self.put(table, key, value=value)
 
     def members(self, table: str, key: bytes) -> list[tuple[bytes, Value]]:
         """The members of a key, in order."""

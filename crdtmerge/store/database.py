@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import msgpack
 
 from crdtmerge.errors import ReplicaError, StorageError
-from crdtmerge.replica.tables import NAMES
+from crdtmerge.replica.tables import NAMES, RAW
 
 APPLICATION_ID = 0x43524D47
 """``CRMG`` in the file's header, so that ``file`` and we know it."""
@@ -26,9 +26,6 @@ APPLICATION_ID = 0x43524D47
 SCHEMA = 1
 BUSY_SECONDS = 60.0
 NAME = "pool.sqlite"
-
-NODES_MAX = 200_000
-"""Nodes of the tries that are remembered: some 60 MB at most."""
 
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "9p", "fuse.sshfs", "glusterfs", "lustre"})
 
@@ -235,10 +232,7 @@ def _table(name: str) -> str:
 
 
 class SqliteTables:
-    """The tables of an op set in a database. Values are MessagePack, except operations, which are bytes already.
-
-    Nodes of the tries never change under their hash, so those that were read are remembered.
-    """
+    """The tables of an op set in a database. Values are MessagePack, except where they are bytes already."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
@@ -253,14 +247,11 @@ class SqliteTables:
             )
             for name in NAMES
         }
-        self._nodes: dict[bytes, Any] = {}
 
     def get(self, table: str, key: bytes, member: bytes = b"") -> Any:
         """The value, None if there is none."""
-        if table.endswith("_nodes"):
-            return self._node(table, key)
         row = self._database.one(self._sql[table].get, (key, member))
-        return None if row is None else row[0] if table == "ops" else _unpacked(row[0])
+        return None if row is None else _read(table, row[0])
 
     def has(self, table: str, key: bytes, member: bytes = b"") -> bool:
         """Whether there is a value."""
@@ -268,42 +259,28 @@ class SqliteTables:
 
     def put(self, table: str, key: bytes, member: bytes = b"", value: Any = None) -> None:
         """Keep a value."""
-        self._database.run(self._sql[table].put, (key, member, value if table == "ops" else _packed(value)))
+        self._database.run(self._sql[table].put, (key, member, value if table in RAW else _packed(value)))
 
     def drop(self, table: str, key: bytes, member: bytes = b"") -> None:
         """Forget a value."""
         self._database.run(self._sql[table].drop, (key, member))
 
-    def change(self, table: str, gone: Iterable[bytes], come: Iterable[tuple[bytes, Any]]) -> None:
-        """Forget the values of some keys, then keep others."""
-        self._database.run_all(self._sql[table].drop, [(key, b"") for key in gone])
-        self._database.run_all(self._sql[table].put, [(key, b"", _packed(value)) for key, value in come])
-
     def members(self, table: str, key: bytes) -> list[tuple[bytes, Any]]:
         """The members of a key, in order."""
-        return [(member, _unpacked(value)) for member, value in self._database.rows(self._sql[table].members, (key,))]
+        return [
+            (member, _read(table, value)) for member, value in self._database.rows(self._sql[table].members, (key,))
+        ]
 
     def every(self, table: str) -> Iterator[tuple[bytes, bytes, Any]]:
         """All of a table, in order."""
         for key, member, value in self._database.rows(self._sql[table].every):
-            yield key, member, value if table == "ops" else _unpacked(value)
+            yield key, member, _read(table, value)
 
     def count(self, table: str) -> int:
         """How many values there are."""
         row = self._database.one(self._sql[table].size)
         assert row is not None, "a count is always there"
         return int(row[0])
-
-    def _node(self, table: str, key: bytes) -> Any:
-        found = self._nodes.get(key)
-        if found is None:
-            row = self._database.one(self._sql[table].get, (key, b""))
-            found = None if row is None else _unpacked(row[0])
-            if len(self._nodes) >= NODES_MAX:
-                self._nodes.clear()
-            if found is not None:
-                self._nodes[key] = found
-        return found
 
 
 class _Statements(NamedTuple):
@@ -320,8 +297,8 @@ def _packed(value: Any) -> bytes | None:
     return packed
 
 
-def _unpacked(value: bytes | None) -> Any:
-    return None if value is None else msgpack.unpackb(value, use_list=False, strict_map_key=False)
+def _read(table: str, value: bytes | None) -> Any:
+    return value if table in RAW or value is None else msgpack.unpackb(value, use_list=False, strict_map_key=False)
 
 
 def refuse_network(folder: Path) -> None:

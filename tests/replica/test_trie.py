@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import pytest
@@ -42,13 +43,21 @@ class Kept(NamedTuple):
     leaves: dict[bytes, bytes]
 
 
+def prefixes(leaves: dict[bytes, bytes]) -> set[bytes]:
+    """The prefixes, one byte a digit, that two ids share; the empty one if there is any id."""
+    digits = [bytes(int(digit, 16) for digit in identity.hex()) for identity in sorted(leaves)]
+    pairs = itertools.pairwise(digits)
+    shared = {one[:depth] for one, other in pairs for depth in range(65) if one[:depth] == other[:depth]}
+    return shared | ({b""} if leaves else set())
+
+
 changes = st.lists(st.tuples(ids, st.one_of(values.map(Put), st.none())), max_size=60)
 
 
 def changed(steps: list[tuple[bytes, Put | None]]) -> Kept:
     """A trie after some changes, half of the drops of ids that are there."""
     tables, leaves = MemoryTables(), dict[bytes, bytes]()
-    trie = Trie(tables, "visible_nodes", EMPTY)
+    trie = Trie(tables, "visible_nodes")
     for at, (identity, put) in enumerate(steps):
         if put:
             trie.put(identity, put.value)
@@ -58,7 +67,9 @@ def changed(steps: list[tuple[bytes, Put | None]]) -> Kept:
             trie.drop(gone)
             leaves.pop(gone, None)
         assert trie.root == root(leaves)
-        assert tables.count("visible_nodes") == max(0, 2 * len(leaves) - 1), "no node more than those of the tree"
+        assert {key for key, _, _ in tables.every("visible_nodes")} == prefixes(leaves), (
+            "no page more than those shared"
+        )
     return Kept(trie, tables, leaves)
 
 
@@ -67,11 +78,11 @@ def changed(steps: list[tuple[bytes, Put | None]]) -> Kept:
 def test_after_any_changes_root_and_nodes_are_those_of_the_leaves(steps: list[tuple[bytes, Put | None]]) -> None:
     kept = changed(steps)
     fresh = MemoryTables()
-    again = Trie(fresh, "visible_nodes", EMPTY)
+    again = Trie(fresh, "visible_nodes")
     for identity in reversed(kept.leaves):
         again.put(identity, kept.leaves[identity])
     assert list(fresh.every("visible_nodes")) == list(kept.tables.every("visible_nodes"))
-    resumed = Trie(kept.tables, "visible_nodes", kept.trie.root)
+    resumed = Trie(kept.tables, "visible_nodes")
     for identity in sorted(kept.leaves):
         resumed.drop(identity)
     assert resumed.root == EMPTY
@@ -87,7 +98,7 @@ def test_a_proof_leads_to_the_root_and_no_other_does(
     if not leaves:
         return
     identity = data.draw(st.sampled_from(sorted(leaves)))
-    proof = trie.prove(identity)
+    proof = trie.prove(identity, leaves[identity])
     assert (proof.identity, proof.value) == (identity, leaves[identity])
     assert proof.root() == trie.root
     bit = data.draw(st.integers(0, ID_BITS - 1))
@@ -105,12 +116,14 @@ def test_a_proof_leads_to_the_root_and_no_other_does(
 
 
 def test_a_leaf_that_is_not_there_is_not_proved() -> None:
-    trie = Trie(MemoryTables(), "visible_nodes", EMPTY)
+    trie = Trie(MemoryTables(), "visible_nodes")
     with pytest.raises(KeyError):
-        trie.prove(bytes(32))
+        trie.prove(bytes(32), bytes(32))
     trie.put(bytes(32), bytes(32))
     with pytest.raises(KeyError):
-        trie.prove(bytes(31) + b"\1")
+        trie.prove(bytes(31) + b"\1", bytes(32))
+    with pytest.raises(KeyError):
+        trie.prove(bytes(32), b"v" * 32)
 
 
 @pytest.mark.parametrize("bits", [(1, 1), (2, 1), (-1,), (ID_BITS,)])
@@ -128,9 +141,9 @@ def test_a_proof_of_an_id_of_another_length_proves_nothing() -> None:
 
 def test_two_tries_over_one_set_of_tables_do_not_touch() -> None:
     tables = MemoryTables()
-    one, other = Trie(tables, "visible_nodes", EMPTY), Trie(tables, "state_nodes", EMPTY)
+    one, other = Trie(tables, "visible_nodes"), Trie(tables, "state_nodes")
     one.put(bytes(32), b"v" * 32)
     other.put(bytes(32), b"v" * 32)
     one.drop(bytes(32))
     assert (one.root, other.root) == (EMPTY, root({bytes(32): b"v" * 32}))
-    assert other.prove(bytes(32)).root() == other.root
+    assert other.prove(bytes(32), b"v" * 32).root() == other.root
