@@ -2,6 +2,7 @@
 #
 #   make demo     train, merge and verify small networks on real images, in under a minute
 #   make test     lint, types and the test suite: what continuous integration runs
+#   make soak     the long runs: 20,000 histories, 200 kills, every seeded fault (half an hour; docs/soak.md)
 #   make bench    ratios to mergekit, crdt-merge, plain torch and the machine's floor (long; see benchmarks/)
 
 PYTHON ?= python3
@@ -9,13 +10,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := PIP_CONSTRAINT=$(CURDIR)/constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install --quiet --editable
 
-.PHONY: demo test check bench docs answers clean
+.PHONY: demo test check soak bench docs answers clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/crdtmerge demo
 
 test: check
 	$(BIN)/python -m pytest -n 2
+
+soak: $(VENV)/test.installed
+	$(BIN)/python -m pytest -n 2 -m soak
 
 check: $(VENV)/test.installed
 	$(BIN)/ruff check .
@@ -26,6 +30,7 @@ bench: $(VENV)/test.installed
 	benchmarks/peers.sh || echo "some peers are not available; the table says which"
 	$(BIN)/python -m benchmarks.merge --size big
 	$(BIN)/python -m benchmarks.merge --size big --memory
+	$(BIN)/python -m benchmarks.replica --ops 100000 --model .bench/big/ft1
 
 docs: $(VENV)/test.installed
 	$(BIN)/python -m tests.house.cli_page > docs/cli.md

@@ -302,6 +302,7 @@ class Replica:
         weight: object = None,
         role: str | None = None,
         task: str | None = None,
+        stats: Mapping[str, bytes] | None = None,
         note: str | None = None,
         replaces: Iterable[bytes] = (),
         threads: int | None = None,
@@ -316,7 +317,7 @@ class Replica:
             InputError: the model cannot be read, changes meanwhile or holds NaN. MismatchError: it does not fit.
             NotAllowedError: the pool takes nothing from this key. StorageError: no room, or a failing disk.
         """
-        says = Says(said_weight(weight), said_role(role), task, note=note)
+        says = Says(said_weight(weight), said_role(role), task, stats or {}, note=note)
         with Taking(self._room, self.genesis.recipe, self.genesis.architecture, threads, progress) as (intake, staging):
             taken = intake.take(model, "the model")
             staging.sync()

@@ -34,7 +34,7 @@ class GroupCommit:
         future: Future[Result] = Future()
         self._waiting.append((work, future))
         with self._leading:
-            if not future.done():
+            while not future.done():
                 self._lead()
         return future.result()
 

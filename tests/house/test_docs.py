@@ -41,7 +41,7 @@ def matches(wanted: str, got: str) -> bool:
 
 
 def test_the_readme_runs_and_prints_what_it_says(tmp_path: Path) -> None:
-    environment = os.environ | {"CRDTMERGE_CACHE": str(tmp_path / "cache")}
+    environment = os.environ | {"CRDTMERGE_CACHE": str(tmp_path / "cache"), "XDG_STATE_HOME": str(tmp_path / "state")}
     ran = 0
     for block in blocks("console"):
         for command, wanted in sessions(block):
