@@ -26,14 +26,18 @@ DECIMAL_EXPONENT_MAX = 300
 """The largest power of ten, in size, of such a number: within what a float64 holds."""
 
 
+_SIMPLE = frozenset({type(None), bool, int, str, bytes})
+
+
 def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, bool | int | str | bytes):
+    """The value with its maps in order: code points sort as their UTF-8 bytes do."""
+    if type(value) in _SIMPLE:
         return value
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [item if type(item) in _SIMPLE else _plain(item) for item in value]
     if isinstance(value, Mapping):
         assert all(isinstance(key, str) for key in value), "canonical maps have string keys"
-        return {key: _plain(value[key]) for key in sorted(value, key=lambda key: key.encode())}
+        return {key: _plain(value[key]) for key in sorted(value)}
     raise TypeError(f"{type(value).__name__} has no canonical byte form")
 
 

@@ -24,6 +24,9 @@ from crdtmerge.store.leases import Lease
 from crdtmerge.store.source import BlobSource
 from crdtmerge.strategies.protocol import Plan
 
+REMEMBERED_MAX = 16
+"""Merges whose receipts and plans are remembered."""
+
 
 class Resolved(NamedTuple):
     """An output that is up to date: receipt, bytes written and read, whether a merge ran, seconds of fsync, notes."""
@@ -104,3 +107,6 @@ def _remember(room: Room, identity: bytes, folder: bool, receipt: Receipt, plan:
         room.database.run("INSERT OR REPLACE INTO merges VALUES (?, ?)", kept)
         packed = msgpack.packb(dict(plan.data), use_bin_type=True)
         room.database.run("INSERT OR REPLACE INTO plans VALUES (?, ?)", (identity, packed))
+        for table in ("merges", "plans"):
+            newest = f"SELECT rowid FROM {table} ORDER BY rowid DESC LIMIT ?"
+            room.database.run(f"DELETE FROM {table} WHERE rowid NOT IN ({newest})", (REMEMBERED_MAX,))

@@ -135,10 +135,14 @@ class Room:
         return op
 
     def take(self, ops: list[Op], manifests: Mapping[bytes, Manifest]) -> Joined:
-        """Take operations of others."""
-        added = {op.payload.content for op in ops if isinstance(op.payload, Add)}
-        known = {content: found for content in added if (found := self.manifest(content)) is not None}
-        joined = self.opset.join(ops, {**manifests, **known})
+        """Take operations of others, and those that waited for them since a damage was mended."""
+        waited = [Op.stored(wire) for (wire,) in self.database.rows("SELECT wire FROM waiting")]
+        added = {op.payload.content for op in [*ops, *waited] if isinstance(op.payload, Add)}
+        silent = (one for one in added if one not in manifests and not self.opset.knows_content(one))
+        known = {content: found for content in silent if (found := self.manifest(content)) is not None}
+        joined = self.opset.join([*ops, *waited], {**manifests, **known})
+        if waited:
+            self.database.run_all("DELETE FROM waiting WHERE op = ?", [(op.id,) for op in joined.new])
         self._took(joined.new, manifests)
         return joined
 

@@ -29,6 +29,7 @@ class Effects:
             tables.put("adds", op.payload.content, op.id)
         self._log.keep_past(op, past)
         tables.put("ops", op.id, value=op.wire)
+        self._log.meet(op)
         tables.put("order", op.height.to_bytes(8, "big"), op.id)
         tables.put("authors", op.author, op.id)
         for parent in op.parents:

@@ -53,10 +53,15 @@ class Log:
             wire = self.tables.get("ops", identity)
             if wire is None:
                 raise KeyError(identity.hex())
-            op = self._met[identity] = Op.stored(wire)
-            if len(self._met) > MET_MAX:
-                self._met.clear()
+            op = Op.stored(wire)
+            self.meet(op)
         return op
+
+    def meet(self, op: Op) -> None:
+        """Remember an operation that is here."""
+        if len(self._met) >= MET_MAX:
+            self._met.clear()
+        self._met[op.id] = op
 
     def is_void(self, identity: bytes) -> bool:
         """Whether an operation lost its right to a REVOKE."""

@@ -168,6 +168,10 @@ class OpSet:
         ends = {end for one in [*adds, *retracts] for end, _ in self.tables.members("killers", one)}
         return sorted(map(self.op, {*adds, *retracts, *ends}), key=lambda op: op.order)
 
+    def knows_content(self, content: bytes) -> bool:
+        """Whether a content was ever added: its manifest has been seen."""
+        return self.tables.has("contents", content)
+
     def contents(self) -> list[bytes]:
         """Every content that was ever added, by id."""
         return [key for key, _, _ in self.tables.every("contents")]
@@ -298,7 +302,7 @@ class OpSet:
 
     def _wanted(self, op: Op, manifest: Manifest | None) -> bytes | None:
         """The content of an ADD whose manifest nobody has shown here."""
-        if not isinstance(op.payload, Add) or manifest is not None or self.tables.has("contents", op.payload.content):
+        if not isinstance(op.payload, Add) or manifest is not None or self.knows_content(op.payload.content):
             return None
         return op.payload.content
 

@@ -6,7 +6,7 @@ RULES
 2. Every blob is read whole and hashes to its name; every content that is marked ready has all of its blobs.
 3. Operations and manifests are few and small and on every replica of the pool; a tensor is named with the contents
    that need it. ``mend`` rebuilds the tables from the operations and lets go of damaged blobs, so that they are fetched
-   or added again; it never drops an operation that is sound.
+   or added again; it never drops an operation that is sound: those that build on a damaged one wait for it.
 """
 
 from __future__ import annotations
@@ -65,7 +65,9 @@ def mend(genesis: Genesis, database: Database, blobs: Blobs, report: Report) -> 
     manifests = dict(_manifests(database, Report()))
     for name in NAMES:
         database.run(f"DELETE FROM set_{name}")
-    OpSet(genesis, SqliteTables(database)).join(ops, manifests)
+    joined = OpSet(genesis, SqliteTables(database)).join(ops, manifests)
+    for op, _ in joined.waiting:
+        database.run("INSERT OR REPLACE INTO waiting VALUES (?, ?)", (op.id, op.wire))
     for digest in report.damaged:
         database.run("DELETE FROM blobs WHERE digest = ?", (digest,))
         blobs.disk.remove(blobs.path(digest))
