@@ -106,6 +106,8 @@ def decimal(value: Any) -> Decimal:
     """
     if isinstance(value, bool):
         raise ValueError(f"{value!r} is not a number")
+    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy or torch
+        value = value.item()
     try:
         number = (
             value if isinstance(value, Decimal) else Decimal(value if isinstance(value, int | str) else repr(value))

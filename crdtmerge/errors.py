@@ -14,6 +14,7 @@
     │   ├── OpError           a signed operation that breaks a rule of its pool
     │   ├── BundleError       an exported state that cannot be read
     │   └── ReplicaError      a replica's folder: missing, damaged, of another kind
+    │       └── DatabaseError its database cannot be read any more
     ├── MismatchError         inputs that do not fit each other: names, shapes, dtypes, buffers
     │   └── PoolMismatchError replicas or states of different pools
     ├── NotAllowedError       the pool gives this key no right to do that
@@ -83,6 +84,10 @@ class BundleError(InputError):
 
 class ReplicaError(InputError):
     """A replica's folder is missing, damaged or of another kind."""
+
+
+class DatabaseError(ReplicaError):
+    """The database of a replica cannot be read any more."""
 
 
 class MismatchError(CrdtMergeError):

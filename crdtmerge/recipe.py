@@ -7,6 +7,7 @@ recipe has an id, so that 1, 1.0 and a default left out give one id.
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -81,6 +82,12 @@ class Recipe:
             exclude=self.exclude,
             allow_nonfinite=self.allow_nonfinite,
         )
+
+    def with_dtype(self, dtype: str) -> Recipe:
+        """The same recipe with another output dtype."""
+        other = copy.copy(self)
+        other.dtype = dtype
+        return other
 
     def canonical(self) -> dict[str, Any]:
         """The recipe as a value of strings, integers, lists and maps, ids in hexadecimal."""

@@ -17,6 +17,7 @@ from crdtmerge.cli import (
     contributing,
     demo,
     exchanging,
+    history,
     inspection,
     keeping,
     looking,
@@ -26,7 +27,7 @@ from crdtmerge.cli import (
     strategy_list,
     verification,
 )
-from crdtmerge.cli.console import fail
+from crdtmerge.cli.console import emit, fail
 from crdtmerge.errors import CrdtMergeError
 
 app = typer.Typer(
@@ -65,7 +66,7 @@ COMMANDS = (
     (contributing.remove, "remove 3f2a91c4 -C pool --reason 'trained on the test set'"),
     (contributing.retract, "retract 3f2a91c4 -C pool --reason poisoned"),
     (looking.status, "status -C pool"),
-    (looking.log, "log -C pool"),
+    (history.log, "log -C pool"),
     (looking.show, "show 3f2a91c4 -C pool"),
     (resolving.resolve, "resolve -C pool -o merged/"),
     (resolving.recipe, "recipe slerp -C pool"),
@@ -87,6 +88,10 @@ for group, commands in ((app, COMMANDS), (signing.app, KEY_COMMANDS)):
         group.command(name, epilog=f"Example: crdtmerge {example}")(command)
 
 
+_UNREADABLE: type[Exception] = typer.BadParameter.__mro__[1]
+"""What the command-line library raises for every request that it cannot read."""
+
+
 class _Interrupted(BaseException):
     """Ctrl-C. Not KeyboardInterrupt, which the command-line library would turn into its own exit."""
 
@@ -98,10 +103,17 @@ def _interrupt(number: int, frame: object) -> None:
 def run() -> None:
     """Run the program; errors of ours become one line and exit code 2."""
     signal.signal(signal.SIGINT, _interrupt)
+    as_json = "--json" in sys.argv[1:]
     try:
-        app()
+        code = app(standalone_mode=False)
     except CrdtMergeError as error:
-        sys.exit(fail(error, as_json="--json" in sys.argv[1:]))
+        sys.exit(fail(error, as_json=as_json))
+    except _UNREADABLE as error:
+        if as_json:
+            emit({"error": {"kind": "UsageError", "message": str(error)}})
+        error.show()  # type: ignore[attr-defined]
+        sys.exit(2)
     except _Interrupted:
         print("interrupted; nothing was left behind", file=sys.stderr)
         sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)

@@ -23,7 +23,9 @@ def init(
     source: Annotated[
         Path | None, typer.Option("--from", metavar="FILE", help="An export of an existing pool: join that one.")
     ] = None,
-    strategy: Annotated[str, typer.Option(metavar="NAME", help="How the pool merges.")] = "weight_average",
+    strategy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="How the pool merges; weight_average by default.")
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the strategy.")
     ] = None,
@@ -34,6 +36,9 @@ def init(
     missing: Annotated[
         str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")
     ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Take models with NaN and infinity; they propagate.")
+    ] = False,
     members_only: Annotated[
         bool, typer.Option("--members-only", help="Only keys that were granted it contribute; by default any key may.")
     ] = False,
@@ -63,11 +68,19 @@ def init(
     room = bytes_of(quota) if quota else None
     with progress(quiet=as_json) as show:
         if source is not None:
-            if base or like or settings or curator or members_only:
+            asked = (base, like, settings, curator, members_only, dtype, exclude, missing, strategy, allow_nonfinite)
+            if any(asked):
                 raise UsageError("--from takes base, recipe and members from the pool that it joins; leave them out.")
             replica = Replica.of_bundle(folder, source, key=own, quota=room, progress=show)
         else:
-            recipe, t = recipe_of(strategy, parsed(settings or []), dtype=dtype, exclude=exclude or (), missing=missing)
+            recipe, t = recipe_of(
+                strategy or "weight_average",
+                parsed(settings or []),
+                dtype=dtype,
+                exclude=exclude or (),
+                missing=missing,
+                allow_nonfinite=allow_nonfinite,
+            )
             if t is not None:
                 raise UsageError("t weighs two models by position; a pool's contributions have weights of their own.")
             replica = Replica.create(

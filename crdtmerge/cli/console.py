@@ -48,6 +48,15 @@ def fail(error: CrdtMergeError, *, as_json: bool) -> int:
     return 2
 
 
+def quoted(text: str) -> str:
+    """Words of others, on one line whatever they hold.
+
+    >>> quoted("one\\ntwo")
+    '"one\\\\ntwo"'
+    """
+    return json.dumps(text, ensure_ascii=False)
+
+
 @contextmanager
 def progress(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on stderr for (stage, bytes done, bytes in all), where stderr is a terminal."""

@@ -95,7 +95,7 @@ def retract(
     with Replica.open(pool) as replica:
         found = _full(content) or replica.find_content(content)
         ended = replica.unretract(found, reason) if undo else replica.retract(found, reason)
-    _report("no longer retracted:" if undo else "retracted", ended, as_json)
+    _report("no longer retracted:" if undo else "retracted", ended, as_json, undone=undo)
 
 
 def _full(content: str) -> bytes | None:
@@ -106,11 +106,12 @@ def _full(content: str) -> bytes | None:
         return None
 
 
-def _report(done: str, ended: Ended, as_json: bool) -> None:
+def _report(done: str, ended: Ended, as_json: bool, *, undone: bool = False) -> None:
     if as_json:
         report: dict[str, Any] = {"id": ended.id.hex(), "ops": [op.hex() for op in ended.ops]}
         emit(report | {"visible": bool(ended.stays), "adders": [key.hex() for key in ended.stays]})
         return
     tell(f"{done} {ended.id.hex()}")
     if ended.stays:
-        tell(f"  it stays visible: also added by {', '.join(map(short, ended.stays))}")
+        visible = "visible again" if undone else "it stays visible"
+        tell(f"  {visible}: added by {', '.join(map(short, ended.stays))}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from crdtmerge.cli.console import emit, progress, tell
-from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, Threads, size
+from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, Threads, counted, size
 
 
 def export(
@@ -49,5 +49,5 @@ def include(
     if as_json:
         emit({"new_ops": len(joined.new), "new_bytes": new, "root": root})
     else:
-        tell(f"{len(joined.new)} operations and {size(new)} that are new here")
+        tell(f"{counted(len(joined.new), 'operation')} and {size(new)} that are new here")
         tell(f"  root {root}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from crdtmerge.cli.console import emit, progress, tell
-from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, short, size
+from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, counted, short, size
 
 
 def fsck(
@@ -18,11 +18,15 @@ def fsck(
     as_json: AsJson = False,
 ) -> None:
     """Check every operation and every byte of a replica. Exit code 0: all is well. 1: something is not."""
-    from crdtmerge.errors import some
+    from crdtmerge.errors import DatabaseError, some
     from crdtmerge.pool.replica import Replica
+    from crdtmerge.store.check import Report
 
-    with Replica.open(pool) as replica, progress(quiet=as_json) as show:
-        report = replica.fsck(mending=mend, progress=show)
+    try:
+        with Replica.open(pool) as replica, progress(quiet=as_json) as show:
+            report = replica.fsck(mending=mend, progress=show)
+    except DatabaseError as damage:
+        report = Report(faults=[str(damage)])
     if as_json:
         emit(
             {
@@ -62,5 +66,5 @@ def gc(
     if as_json:
         emit(vars(done))
         return
-    tell(f"{done.trashed} tensors and files ({size(done.trashed_bytes)}) became trash")
-    tell(f"{done.removed} ({size(done.removed_bytes)}) were removed; {done.strays} things that crashes left, too")
+    tell(f"{counted(done.trashed, 'blob')} ({size(done.trashed_bytes)}) became trash")
+    tell(f"{counted(done.removed, 'blob')} ({size(done.removed_bytes)}) removed, and {counted(done.strays, 'leftover')} of crashes")

@@ -1,19 +1,18 @@
-"""``crdtmerge status``, ``log`` and ``show``: what is in a pool's set, and how it came about."""
+"""``crdtmerge status`` and ``show``: what is in a pool's set."""
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crdtmerge.cli.console import emit, tell
-from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, short, size
+from crdtmerge.cli.console import emit, quoted, tell
+from crdtmerge.cli.history import line_of, tell_line
+from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, counted, short, size
 
 if TYPE_CHECKING:
     from crdtmerge.pool.replica import Replica
     from crdtmerge.replica.entry import Entry
-    from crdtmerge.replica.op import Op
 
 SHOWN_MAX = 50
 """Lines of each list that a person is shown; --json has all of them."""
@@ -25,14 +24,19 @@ def status(pool: PoolFolder = HERE, as_json: AsJson = False) -> None:
 
     with Replica.open(pool) as replica, replica.snapshot():
         report = _status(replica)
+        if not as_json:
+            _print_status(replica, report)
     if as_json:
         emit(report, compact=True)
-    else:
-        _print_status(report)
 
 
 def _status(replica: Replica) -> dict[str, Any]:
     opset, ready = replica.opset, replica.ready()
+    hidden = [{"id": one.id.hex(), "why": one.why, "by": one.by.hex()} for one in opset.hidden()]
+    for content in opset.retracted_unseen():
+        by = max(opset.retractions(content), key=lambda op: op.order)
+        hidden.append({"id": content.hex(), "why": "retracted", "by": by.id.hex()})
+    forks = [(fork.one.author, [fork.one.id, fork.other.id]) for fork in opset.forks()]
     return {
         "pool": replica.pool_id.hex(),
         "actor": replica.author.hex(),
@@ -41,8 +45,8 @@ def _status(replica: Replica) -> dict[str, Any]:
         "recipe": replica.recipe.canonical(),
         "ops": len(opset),
         "visible": [_entry(entry) | {"ready": entry.id in ready} for entry in replica.visible],
-        "hidden": [{"id": one.id.hex(), "why": one.why, "by": one.by.hex()} for one in opset.hidden()],
-        "forks": [{"key": fork.one.author.hex(), "ops": [fork.one.id.hex(), fork.other.id.hex()]} for fork in opset.forks()],
+        "hidden": sorted(hidden, key=lambda one: one["id"]),
+        "forks": [{"key": key.hex(), "ops": [op.hex() for op in ops]} for key, ops in forks],
     }
 
 
@@ -58,118 +62,46 @@ def _entry(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _print_status(report: dict[str, Any]) -> None:
-    recipe = report["recipe"]
-    said = "".join(f" {name}={value}" for name, value in recipe["params"].items())
+def _print_status(replica: Replica, report: dict[str, Any]) -> None:
+    own, recipe, visible = report["actor"], report["recipe"], report["visible"]
+    params = "".join(f" {name}={value}" for name, value in recipe["params"].items())
     tell(f"pool   {report['pool']}")
-    tell(f"root   {report['root']}  ({len(report['visible'])} contributions, {report['ops']} operations)")
-    tell(f"recipe {recipe['strategy']}{said}")
-    for one in report["visible"][:SHOWN_MAX]:
-        adders = ", ".join("you" if key == report["actor"] else key[:12] for key in one["adders"])
-        more = "".join(f"  {name} {one[name]}" for name in ("role", "task") if one[name] not in (None, "task"))
-        note = f'  "{one["note"]}"' if one["note"] else ""
-        tell(f"  {one['id'][:12]}  weight {one['weight']}{more}  by {adders}{note}{'' if one['ready'] else '  (announced)'}")
-    _more(len(report["visible"]))
+    tell(f"root   {report['root']}  ({counted(len(visible), 'contribution')}, {counted(report['ops'], 'operation')})")
+    tell(f"recipe {recipe['strategy']}{params}")
+    for one in visible[:SHOWN_MAX]:
+        tell("  " + "  ".join(_words(one, own)))
+    _tell_more(len(visible))
     worth = [one for one in report["hidden"] if one["why"] in ("retracted", "revoked")]
     for one in worth[:SHOWN_MAX]:
-        tell(f"  {one['id'][:12]}  hidden: {one['why']} ({one['by'][:12]})")
-    _more(len(worth))
+        by = replica.opset.op(bytes.fromhex(one["by"]))
+        reason = getattr(by.payload, "reason", None)
+        why = f" because {quoted(reason)}" if reason else ""
+        tell(f"  {one['id'][:12]}  hidden: {one['why']} by {_who(by.author.hex(), own)}{why}")
+    _tell_more(len(worth))
     if len(report["hidden"]) > len(worth):
         tell(f"  {len(report['hidden']) - len(worth)} removed or replaced; `crdtmerge log` tells of them")
     for fork in report["forks"]:
-        tell(f"  WARNING: key {fork['key'][:12]} signed two operations for one place: {', '.join(o[:12] for o in fork['ops'])}")
+        ops = " and ".join(op[:12] for op in fork["ops"])
+        tell(f"  WARNING: key {fork['key'][:12]} signed two operations for one place: {ops}")
 
 
-def _more(count: int) -> None:
+def _words(one: dict[str, Any], own: str) -> list[str]:
+    """A visible contribution in words."""
+    words = [one["id"][:12], f"weight {one['weight']}"]
+    words += [f"role {one['role']}"] if one["role"] != "task" else []
+    words += [f"task {quoted(one['task'])}"] if one["task"] else []
+    words += [f"by {', '.join(_who(key, own) for key in one['adders'])}"]
+    words += [quoted(one["note"])] if one["note"] else []
+    return words + ([] if one["ready"] else ["(announced: its tensors are not here yet)"])
+
+
+def _who(key: str, own: str) -> str:
+    return "you" if key == own else key[:12]
+
+
+def _tell_more(count: int) -> None:
     if count > SHOWN_MAX:
         tell(f"  and {count - SHOWN_MAX} more (--json has all)")
-
-
-def log(
-    last: Annotated[int | None, typer.Option("-n", "--last", metavar="N", min=1, help="Only the last N.")] = None,
-    pool: PoolFolder = HERE,
-    as_json: AsJson = False,
-) -> None:
-    """Print the pool's history: who did what and why, causes before effects, and when it was seen here."""
-    from crdtmerge.pool.replica import Replica
-
-    with Replica.open(pool) as replica, replica.snapshot():
-        lines = [_line(replica, op) for op in replica.last_ops(last)]
-        own = replica.author.hex()
-    if as_json:
-        emit(lines)
-        return
-    for line in lines:
-        who = "you" if line["author"] == own else line["author"][:12]
-        tell(f"{line['id'][:12]}  {line['seen'] or '?':<19}  {who:<12}  {_said(line)}")
-        if line["void"]:
-            tell(f"{'':<14}void: {line['void']}")
-
-
-def _line(replica: Replica, op: Op) -> dict[str, Any]:
-    """An operation as a JSON value."""
-    seen = replica.seen(op.id)
-    void = replica.opset.is_void(op.id)
-    by = [revoke.author.hex()[:12] for revoke in replica.opset.revoked_by(op)] if void else []
-    return {
-        "id": op.id.hex(),
-        "seen": datetime.fromtimestamp(seen, UTC).strftime("%Y-%m-%d %H:%M:%S") if seen else None,
-        "author": op.author.hex(),
-        "incarnation": op.incarnation.hex(),
-        "seq": op.seq,
-        "height": op.height,
-        "kind": op.kind,
-        **_told(replica, op),
-        "void": f"its key was revoked by {', '.join(by)}" if by else "its right was revoked" if void else None,
-    }
-
-
-def _told(replica: Replica, op: Op) -> dict[str, Any]:
-    """What an operation says, by kind."""
-    from crdtmerge.replica.op import Add, Grant, Remove, Retract, Revoke, SetRecipe
-
-    payload = op.payload
-    told: dict[str, Any] = {}
-    if isinstance(payload, Add):
-        says = {name: value for name, value in payload.says.value.items() if name in ("weight", "role", "task", "note")}
-        why = next((one.why for one in [replica.opset.why_hidden(payload.content)] if one), None)
-        told = {"content": payload.content.hex(), "says": says, "hidden": why}
-        told["replaces"] = [one.hex() for one in payload.replaces]
-    elif isinstance(payload, Retract):
-        told = {"content": payload.content.hex(), "reason": payload.reason}
-    elif isinstance(payload, Remove):
-        contents = {replica.opset.op(one).payload.content.hex() for one in payload.targets}  # type: ignore[union-attr]
-        told = {"contents": sorted(contents), "targets": [one.hex() for one in payload.targets], "reason": payload.reason}
-    elif isinstance(payload, Grant):
-        told = {"key": payload.key.hex(), "role": payload.role}
-    elif isinstance(payload, Revoke):
-        told = {"key": payload.key.hex(), "heads": [one.hex() for one in payload.heads], "reason": payload.reason}
-    elif isinstance(payload, SetRecipe):
-        told = {"recipe": dict(payload.recipe)}
-    return told
-
-
-def _said(line: dict[str, Any]) -> str:
-    """A line of the history in words."""
-    kind, words = line["kind"], []
-    if kind == "add":
-        words = [line["content"][:12], *(f"{name} {value}" for name, value in line["says"].items() if name != "note")]
-        words += [f'"{line["says"]["note"]}"'] if "note" in line["says"] else []
-        words += [f"in place of {len(line['replaces'])} of its own"] if line["replaces"] else []
-        words += [f"(now {line['hidden']})"] if line["hidden"] else []
-    elif kind in ("remove", "unretract"):
-        count = len(line["targets"])
-        words = [*(content[:12] for content in line["contents"]), f"({count} seen)" if count > 1 else ""]
-    elif kind == "retract":
-        words = [line["content"][:12]]
-    elif kind == "grant":
-        words = [line["key"][:12], line["role"]]
-    elif kind == "revoke":
-        words = [line["key"][:12], f"(what it did up to {len(line['heads'])} last operations still counts)"]
-    elif kind == "recipe":
-        words = [line["recipe"]["strategy"], *(f"{name}={value}" for name, value in line["recipe"]["params"].items())]
-    reason = f'  because "{line["reason"]}"' if line.get("reason") else ""
-    return f"{kind:<9} {'  '.join(word for word in words if word)}{reason}"
 
 
 def show(
@@ -181,8 +113,8 @@ def show(
     from crdtmerge.pool.replica import Replica
 
     with Replica.open(pool) as replica, replica.snapshot():
-        found = replica.find(identity)
-        report = _line(replica, replica.opset.op(found)) if found in replica.opset else _content(replica, found)
+        found, own = replica.find(identity), replica.author.hex()
+        report = line_of(replica, replica.opset.op(found)) if found in replica.opset else _content(replica, found)
     if as_json:
         emit(report)
         return
@@ -190,7 +122,7 @@ def show(
         if name == "history":
             tell("history")
             for line in value:
-                tell(f"  {line['id'][:12]}  {line['seen'] or '?'}  {line['author'][:12]}  {_said(line)}")
+                tell_line(line, own, indent="  ")
         elif value not in (None, [], {}):
             tell(f"{name:<12} {_plain(name, value)}")
 
@@ -198,10 +130,12 @@ def show(
 def _plain(name: str, value: Any) -> str:
     if name == "bytes":
         return size(value)
+    if name in ("note", "task", "reason"):
+        return quoted(value)
     if isinstance(value, list):
         return ", ".join(map(str, value))
     if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
+        return ", ".join(f"{key} {quoted(item) if key in ('note', 'task') else item}" for key, item in value.items())
     return str(value)
 
 
@@ -219,5 +153,5 @@ def _content(replica: Replica, content: bytes) -> dict[str, Any]:
         "bytes": replica.bytes_of(content),
         "dtypes": dtypes,
         "files": sorted(entry.files) if entry else [],
-        "history": [_line(replica, op) for op in replica.opset.history(content)],
+        "history": [line_of(replica, op) for op in replica.opset.history(content)],
     }

@@ -23,6 +23,15 @@ def short(identity: bytes) -> str:
     return identity.hex()[:SHORT]
 
 
+def counted(count: int, what: str) -> str:
+    """A number of things for people.
+
+    >>> counted(1, "chain"), counted(2, "chain")
+    ('1 chain', '2 chains')
+    """
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
 def size(nbytes: int) -> str:
     """Bytes for people.
 

@@ -66,7 +66,7 @@ def grant(
         raise UsageError(f"role = {role!r}: must be member or curator.")
     with Replica.open(pool) as replica:
         op = replica.grant(key_of(key), "curator" if role == "curator" else "member")
-    _done(as_json, op.id, f"{key} is a {role} now")
+    _done(as_json, op.id, f"{key.lower()} is a {role} now")
 
 
 def revoke(key: KeyText, reason: Reason = None, pool: PoolFolder = HERE, as_json: AsJson = False) -> None:
@@ -76,7 +76,7 @@ def revoke(key: KeyText, reason: Reason = None, pool: PoolFolder = HERE, as_json
 
     with Replica.open(pool) as replica:
         op = replica.revoke(key_of(key), reason=reason)
-    _done(as_json, op.id, f"{key} is revoked")
+    _done(as_json, op.id, f"{key.lower()} is revoked")
 
 
 def _done(as_json: bool, op: bytes, text: str) -> None:

@@ -29,6 +29,7 @@ def export(room: Room, path: Path, since: Sequence[bytes]) -> int:
 
     Raises OutputError where something stands at ``path``, ReplicaError or ChangedError where a blob is damaged.
     """
+    room.refuse_inside(path)
     with room.database.snapshot():
         ops = room.opset.delta(since) if since else list(room.opset.ops())
         added = {op.payload.content for op in ops if isinstance(op.payload, Add)}

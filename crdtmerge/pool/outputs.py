@@ -6,12 +6,14 @@ merge is remembered too, so that an output that was lost is written again withou
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgpack
 
-from crdtmerge.errors import OutputError, UsageError
+from crdtmerge.errors import ChangedError, ReplicaError, UsageError
 from crdtmerge.pool.room import Progress, Room
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import Claim
@@ -51,22 +53,32 @@ def resolve(room: Room, threads: int | None, device: str, progress: Progress) ->
     with Lease(room.database) as lease:
         inputs = _inputs(room, lease)
         options = Options(threads=threads, device=device, rehash=True, progress=progress)
-        return into_memory(inputs.models, inputs.recipe, inputs.base, options)
+        with _blaming_the_disk():
+            return into_memory(inputs.models, inputs.recipe, inputs.base, options)
 
 
 def resolve_to(room: Room, out: Path, threads: int | None, device: str, progress: Progress) -> Resolved:
     """Bring an output up to date."""
-    _refuse_inside(room.folder, out)
+    room.refuse_inside(out)
     with Lease(room.database) as lease:
         inputs = _inputs(room, lease)
         known = _remembered(room, inputs.merge_id, is_folder(out))
         if known is not None and out.exists() and intact(out, known, threads):
             return Resolved(known, 0, 0, False, 0.0, ())
         options = Options(threads=threads, device=device, rehash=True, progress=progress)
-        with Merge(inputs.models, inputs.recipe, inputs.base, options) as one:
+        with _blaming_the_disk(), Merge(inputs.models, inputs.recipe, inputs.base, options) as one:
             receipt, fsync_seconds, nbytes = into_files(one, out, _remembered_plan(room, inputs.merge_id))
             _remember(room, inputs.merge_id, is_folder(out), receipt, one.plan)
             return Resolved(receipt, nbytes, one.bytes_read, True, fsync_seconds, tuple(one.notes))
+
+
+@contextmanager
+def _blaming_the_disk() -> Iterator[None]:
+    """Blobs never change: one that is not what it was is damaged."""
+    try:
+        yield
+    except ChangedError as fault:
+        raise ReplicaError(f"{fault} Nothing writes to a blob: it is damaged. Run `crdtmerge fsck --mend`.") from None
 
 
 def _inputs(room: Room, lease: Lease) -> _Inputs:
@@ -83,12 +95,6 @@ def _inputs(room: Room, lease: Lease) -> _Inputs:
     models: list[tuple[Any, Claim]] = [(room.source(entry.id, entry.files), entry.claim) for entry in visible]
     base_source = room.source(base, room.genesis.files) if base else None
     return _Inputs(models, recipe, base_source, merge_id(root, recipe))
-
-
-def _refuse_inside(folder: Path, out: Path) -> None:
-    target, own = out.resolve(), folder.resolve()
-    if target == own or own in target.parents or target in own.parents:
-        raise OutputError(f"{out}: lies in the replica {folder}, or around it; choose another -o.")
 
 
 def _remembered(room: Room, identity: bytes, folder: bool) -> Receipt | None:

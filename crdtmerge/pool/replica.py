@@ -8,6 +8,7 @@ RULES
 2. Blobs are durable before the operation that refers to them is committed, in one transaction with their names.
 3. Many processes may work on one folder at once: SQLite makes them take turns, sequence numbers are allotted within.
 4. Nothing of ours is read on trust: what comes from a file or a peer passes the rules of ``replica`` first.
+5. A method imports what it alone needs, so that to look at a replica does not load what merges models.
 """
 
 from __future__ import annotations
@@ -20,13 +21,11 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from crdtmerge import limits
 from crdtmerge.errors import NotAllowedError, OutputError, UsageError
 from crdtmerge.keys import Key
-from crdtmerge.pool import exchange, outputs
-from crdtmerge.pool.outputs import Resolved
 from crdtmerge.pool.room import KEY_NAME, Progress, Room, Taking, silent
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.architecture import Architecture
@@ -36,14 +35,16 @@ from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.members import Rank
 from crdtmerge.replica.op import Add, Grant, Op, Remove, Retract, Revoke, SetRecipe, Unretract
 from crdtmerge.replica.opset import Joined, OpSet
-from crdtmerge.resolve.asking import completed, said_role, said_weight
-from crdtmerge.resolve.merge import Merged
 from crdtmerge.store.blobs import Staging
-from crdtmerge.store.check import Report, check, mend
-from crdtmerge.store.collect import GRACE_SECONDS, Collected, collect
 from crdtmerge.store.disk import Disk, failing
-from crdtmerge.store.ingest import Ingested, architecture_of
 from crdtmerge.store.source import BlobSource
+
+if TYPE_CHECKING:
+    from crdtmerge.pool.outputs import Resolved
+    from crdtmerge.resolve.merge import Merged
+    from crdtmerge.store.check import Report
+    from crdtmerge.store.collect import Collected
+    from crdtmerge.store.ingest import Ingested
 
 
 class Added(NamedTuple):
@@ -114,11 +115,17 @@ class Replica:
         Raises:
             OutputError: the folder is not free. UsageError, NeedsError, InputError: what is asked for cannot be.
         """
+        from crdtmerge.resolve.asking import completed
+        from crdtmerge.store.ingest import architecture_of
+
         asked = Recipe(recipe) if isinstance(recipe, str) else recipe
-        if base is None and like is None:
+        if (base is None) == (like is None):
             raise UsageError(
-                "a pool needs an architecture: give the base, or any model that is like its contributions."
+                "a pool has one architecture: give the base (--base), or where there is none any model that is like "
+                "its contributions (--like)."
             )
+        if curators == "any" and membership == "members":
+            raise UsageError("where every key is a curator (--curator any), --members-only keeps nobody out.")
         founder = key or Key.generate()
         founders = curators if isinstance(curators, str) else tuple(dict.fromkeys([founder.public, *curators]))
         with _new_folder(Path(folder)) as staged:
@@ -155,6 +162,8 @@ class Replica:
         progress: Progress = silent,
     ) -> Self:
         """Begin a replica of an existing pool from an exported state. Raises OutputError, BundleError, HeaderError."""
+        from crdtmerge.pool import exchange
+
         genesis = exchange.contents_of(Path(bundle)).genesis
         with _new_folder(Path(folder)) as staged:
             room = Room.begun(staged, genesis, key or Key.generate(), quota, disk or Disk())
@@ -282,8 +291,8 @@ class Replica:
         return _the_one(prefix, self.contents_like(prefix), "contribution")
 
     def contents_like(self, prefix: str) -> set[bytes]:
-        """The contents whose id begins so."""
-        return self._like("set_contents", prefix)
+        """The contents whose id begins so, also those that were retracted before they were seen."""
+        return self._like("set_contents", prefix) | self._like("set_retracts", prefix)
 
     def _like(self, table: str, prefix: str) -> set[bytes]:
         text = prefix.lower()
@@ -317,6 +326,9 @@ class Replica:
             InputError: the model cannot be read, changes meanwhile or holds NaN. MismatchError: it does not fit.
             NotAllowedError: the pool takes nothing from this key. StorageError: no room, or a failing disk.
         """
+        from crdtmerge.resolve.asking import said_role, said_text, said_weight
+
+        task, note = said_text("task", task, limits.NAME_BYTES_MAX), said_text("note", note, limits.NOTE_BYTES_MAX)
         says = Says(said_weight(weight), said_role(role), task, stats or {}, note=note)
         with Taking(self._room, self.genesis.recipe, self.genesis.architecture, threads, progress) as (intake, staging):
             taken = intake.take(model, "the model")
@@ -329,7 +341,14 @@ class Replica:
         new = staging.publish(self._room.quota)
         self._room.keep_manifest(taken.manifest)
         self._room.database.run("INSERT OR IGNORE INTO ready VALUES (?)", (taken.manifest.id,))
-        own = [op.id for content in replaces for op in self.opset.live(content) if op.author == self.author]
+        own: set[bytes] = set()
+        for content in replaces:
+            mine = {op.id for op in self.opset.live(content) if op.author == self.author}
+            if not mine:
+                raise UsageError(
+                    f"contribution {content.hex()[:16]} was not added by this key, so nothing replaces it."
+                )
+            own |= mine
         payload = Add(taken.manifest.id, replace(says, files=taken.files or None), tuple(sorted(own)))
         return self._room.write(payload, taken.manifest), new
 
@@ -338,6 +357,7 @@ class Replica:
 
         Raises UsageError where there is none, NotAllowedError where none is one's own.
         """
+        said = _reason(reason)
 
         def work() -> Ended:
             live = self.opset.live(content)
@@ -353,24 +373,24 @@ class Replica:
                 raise NotAllowedError(
                     f"contribution {content.hex()[:16]} was added by {adders}: only they and curators can remove it."
                 )
-            dots = sorted(op.id for op in mine)
-            together = [dots[at : at + limits.PARENTS_MAX] for at in range(0, len(dots), limits.PARENTS_MAX)]
-            ops = tuple(self._room.write(Remove(tuple(some), reason)).id for some in together)
+            ops = self._in_pieces(Remove, sorted(op.id for op in mine), said)
             return Ended(content, ops, self._stays(content))
 
         return self._room.group.run(work)
 
     def retract(self, content: bytes, reason: str | None = None) -> Ended:
         """Hide a content, whatever is added concurrently or later: a curator anyone's, others their own."""
+        said = _reason(reason)
 
         def work() -> Ended:
-            op = self._room.write(Retract(content, reason))
+            op = self._room.write(Retract(content, said))
             return Ended(content, (op.id,), self._stays(content))
 
         return self._room.group.run(work)
 
     def unretract(self, content: bytes, reason: str | None = None) -> Ended:
         """End the RETRACTs of a content that are known here. Raises UsageError, NotAllowedError."""
+        said = _reason(reason)
 
         def work() -> Ended:
             known = self.opset.retractions(content)
@@ -380,8 +400,8 @@ class Replica:
                 raise UsageError(f"contribution {content.hex()} is not retracted.")
             if not mine:
                 raise NotAllowedError(f"contribution {content.hex()[:16]} was retracted by another key, a curator's.")
-            op = self._room.write(Unretract(tuple(sorted(mine)), reason))
-            return Ended(content, (op.id,), self._stays(content))
+            ops = self._in_pieces(Unretract, sorted(mine), said)
+            return Ended(content, ops, self._stays(content))
 
         return self._room.group.run(work)
 
@@ -391,15 +411,18 @@ class Replica:
 
     def revoke(self, key: bytes, heads: Iterable[bytes] | None = None, reason: str | None = None) -> Op:
         """Void what a key does, except what is in the chain of ``heads``: by default all that is known here."""
+        said = _reason(reason)
 
         def work() -> Op:
             last = self._room.tips(key) if heads is None else list(heads)
-            return self._room.write(Revoke(key, tuple(sorted(last)), reason))
+            return self._room.write(Revoke(key, tuple(sorted(last)), said))
 
         return self._room.group.run(work)
 
     def set_recipe(self, recipe: Recipe) -> Op:
         """Change the pool's recipe; its base stays. Raises NotAllowedError, UsageError."""
+        from crdtmerge.resolve.asking import completed
+
         complete = completed(recipe, self.genesis.base)
         return self._room.group.run(lambda: self._room.write(SetRecipe(complete.canonical())))
 
@@ -425,12 +448,16 @@ class Replica:
 
         Raises what ``crdtmerge.merge`` raises, and ReplicaError where a contribution is announced but not here.
         """
+        from crdtmerge.pool import outputs
+
         return outputs.resolve(self._room, threads, device, progress)
 
     def resolve_to(
         self, out: str | Path, *, threads: int | None = None, device: str = "cpu", progress: Progress = silent
     ) -> Resolved:
         """Bring an output up to date. One that already is the merge of this set is hashed and left as it is."""
+        from crdtmerge.pool import outputs
+
         return outputs.resolve_to(self._room, Path(out), threads, device, progress)
 
     # ---- exchanging it
@@ -440,6 +467,8 @@ class Replica:
 
         Raises OutputError where something stands at ``path``, ReplicaError or ChangedError where a blob is damaged.
         """
+        from crdtmerge.pool import exchange
+
         return exchange.export(self._room, Path(path), list(since))
 
     def include(
@@ -449,12 +478,16 @@ class Replica:
 
         Raises BundleError, HeaderError, PoolMismatchError, StorageError.
         """
+        from crdtmerge.pool import exchange
+
         return exchange.include(self._room, Path(path), threads, progress)
 
     # ---- keeping it
 
-    def gc(self, grace_seconds: float = GRACE_SECONDS) -> Collected:
+    def gc(self, grace_seconds: float = 24 * 3600.0) -> Collected:
         """Collect blobs that nothing needs; what becomes trash now is removed by a later collection."""
+        from crdtmerge.store.collect import collect
+
         with self._room.database.transaction():
             collected = collect(self._room.blobs, self._room.needed(), grace_seconds)
             self._room.refresh_ready(self._room.ready() - set(self.opset.held()))
@@ -462,6 +495,8 @@ class Replica:
 
     def fsck(self, *, mending: bool = False, progress: Progress = silent) -> Report:
         """Check everything; with ``mending`` rebuild what can be, and let go of damaged blobs."""
+        from crdtmerge.store.check import check, mend
+
         if not mending:
             with self._room.database.snapshot():
                 return check(self.genesis, self._room.database, self._room.blobs, progress)
@@ -469,6 +504,11 @@ class Replica:
             report = check(self.genesis, self._room.database, self._room.blobs, progress)
             mend(self.genesis, self._room.database, self._room.blobs, report)
         return report
+
+    def _in_pieces(self, kind: type[Remove], targets: list[bytes], reason: str | None) -> tuple[bytes, ...]:
+        """As many operations as it takes to name all targets."""
+        pieces = (targets[at : at + limits.PARENTS_MAX] for at in range(0, len(targets), limits.PARENTS_MAX))
+        return tuple(self._room.write(kind(tuple(piece), reason)).id for piece in pieces)
 
     def _stays(self, content: bytes) -> tuple[bytes, ...]:
         entry = self.opset.entry(content)
@@ -518,6 +558,12 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staged, ignore_errors=True)
         raise
+
+
+def _reason(reason: str | None) -> str | None:
+    from crdtmerge.resolve.asking import said_text
+
+    return said_text("reason", reason, limits.NOTE_BYTES_MAX)
 
 
 def _the_one(prefix: str, found: set[bytes], what: str) -> bytes:

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import msgpack
 
-from crdtmerge.errors import InputError, ReplicaError
+from crdtmerge.errors import InputError, KeyFileError, OutputError, ReplicaError
 from crdtmerge.keys import Key
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.architecture import Architecture
@@ -105,6 +105,12 @@ class Room:
             raise ReplicaError(f"contribution {content.hex()} is not in this replica.")
         return BlobSource(self.blobs, manifest, files)
 
+    def refuse_inside(self, out: Path) -> None:
+        """Raise OutputError for an output that would lie in the replica, or around it."""
+        target, own = out.resolve(), self.folder.resolve()
+        if target == own or own in target.parents or target in own.parents:
+            raise OutputError(f"{out}: lies in the replica {self.folder}, or around it; choose another -o.")
+
     def tips(self, key: bytes) -> list[bytes]:
         """The last operation of each chain of a key."""
         rows = self.database.rows("SELECT value FROM set_tips WHERE key BETWEEN ? AND ?", (key, key + b"\xff" * 16))
@@ -170,7 +176,14 @@ class Room:
 
     def _own_key(self) -> Key:
         if self._key is None or self._key.public != self.author:
-            self._key = Key.load(self.folder / KEY_NAME)
+            path = self.folder / KEY_NAME
+            try:
+                self._key = Key.load(path)
+            except KeyFileError as fault:
+                raise KeyFileError(
+                    f"{fault} Without its key nothing can be signed here: put the file back, or sign with another key "
+                    "by `crdtmerge keys import`."
+                ) from None
             if self._key.public != self.author:
                 raise ReplicaError(f"{self.folder / KEY_NAME}: is not this replica's key {self.author.hex()[:16]}.")
         return self._key

@@ -21,7 +21,7 @@ _IS = {Rank.NOBODY: "no member", Rank.MEMBER: "a member", Rank.CURATOR: "a curat
 
 def check(log: Log, op: Op) -> None:
     """Rules 2 to 4. Raises OpError or NotAllowedError."""
-    where = f"operation {op.id.hex()[:16]} ({op.kind} by {op.author.hex()[:16]})"
+    where = f"{op.kind} by {op.author.hex()[:16]}"
     parents = [log.op(one) for one in op.parents]
     if op.height != 1 + max((parent.height for parent in parents), default=0):
         raise OpError(f"{where}: height {op.height} is not one more than that of its parents.")
@@ -82,7 +82,12 @@ def check_manifest(log: Log, payload: Add, manifest: Manifest) -> None:
 
 
 def _not_allowed(op: Op, rank: Rank, needed: Rank, genesis: Genesis) -> str:
-    key = op.author.hex()[:16]
+    key = op.author.hex()
     if genesis.curators == "any" and needed is Rank.FOUNDER:
-        return f"{op.kind} by {key}: in this pool every key is a curator; there are no members to manage."
-    return f"{op.kind} by {key}: that takes {_IS[needed]} of the pool; the key was {_IS[rank]}, as far as it had seen."
+        return f"{op.kind} by {key[:16]}: in this pool every key is a curator; there are no members to manage."
+    was = f"the key was {_IS[rank]}, as far as it had seen"
+    said = f"{op.kind} by {key[:16]}: that takes {_IS[needed]} of the pool; {was}."
+    if needed is Rank.FOUNDER:
+        return said
+    role = "member" if needed is Rank.MEMBER else "curator"
+    return f"{said} A founder makes it one with: crdtmerge keys grant {key} --role {role}"

@@ -156,6 +156,14 @@ class OpSet:
         """The contents that were added and are not visible, by content id."""
         return [Hidden(key, *value) for key, _, value in self.tables.every("hidden")]
 
+    def retracted(self) -> list[bytes]:
+        """Contents under a live RETRACT."""
+        return sorted({key for key, _, _ in self.tables.every("retracts")})
+
+    def retracted_unseen(self) -> list[bytes]:
+        """Contents that were retracted and never added, as far as is known here."""
+        return [content for content in self.retracted() if not self.knows_content(content)]
+
     def why_hidden(self, content: bytes) -> Hidden | None:
         """Why a content that was added is not visible; None if it is."""
         value = self.tables.get("hidden", content)

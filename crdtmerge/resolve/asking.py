@@ -59,6 +59,14 @@ def said_role(role: str | None) -> str | None:
     return role
 
 
+def said_text(what: str, text: str | None, bytes_max: int) -> str | None:
+    """A short text, None if it is unsaid. Raises UsageError."""
+    nbytes = len((text or "").encode("utf-8", "surrogatepass"))
+    if nbytes > bytes_max:
+        raise UsageError(f"{what}: {nbytes} bytes; at most {bytes_max} are taken. Say it shorter.")
+    return text or None
+
+
 def recipe_of(strategy: str, params: Mapping[str, Any], **options: Any) -> tuple[Recipe, Any]:
     """A recipe from a strategy's name and parameters; ``seed`` and ``t`` among them are not the strategy's own."""
     own = dict(params)
@@ -75,11 +83,25 @@ def recipe_of(strategy: str, params: Mapping[str, Any], **options: Any) -> tuple
 
 def completed(recipe: Recipe, base: bytes | None) -> Recipe:
     """The recipe with version, all parameters and the base's content id. Raises UsageError, NeedsError."""
+    recipe = with_dtype_named(recipe)
     strategy = registry.get(recipe.strategy)
     params: Filled[Any] = Filled(recipe.strategy, strategy.Params, recipe.params)
     if base is None and any(strategy.needs(p).base == "required" for p in params.variants()):
         raise NeedsError(f"strategy '{recipe.strategy}' needs a base: the model from which all were fine-tuned.")
     return recipe.completed(strategy.version, params.canonical, base)
+
+
+def refuse_dtype(recipe: Recipe) -> None:
+    """Raise UsageError unless the output dtype is one."""
+    if recipe.dtype is not None and float_named(recipe.dtype) is None:
+        raise UsageError(f"dtype = {recipe.dtype!r}: must be float64, float32, bfloat16 or float16.")
+
+
+def with_dtype_named(recipe: Recipe) -> Recipe:
+    """The recipe with its output dtype by safetensors' name, where torch's was said. Raises UsageError."""
+    refuse_dtype(recipe)
+    named = float_named(recipe.dtype or "")
+    return recipe if named is None or named.name == recipe.dtype else recipe.with_dtype(named.name)
 
 
 def refuse_version(recipe: Recipe) -> None:

@@ -53,7 +53,7 @@ def _room(dtype: DType, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 class Merged(Mapping[str, "Tensor"]):
-    """A merged model: name to torch tensor, with ``receipt`` and ``save``."""
+    """A merged model: name to torch tensor (a copy, so that nothing changes what was merged), ``receipt``, ``save``."""
 
     def __init__(
         self, receipt: Receipt, memory: Memory, files: Mapping[str, bytes], inputs: bytes, notes: Sequence[str]
@@ -65,7 +65,7 @@ class Merged(Mapping[str, "Tensor"]):
         dtype, shape, data = self._memory.tensors[name]
         if not data.size:
             return torch.empty(shape, dtype=torch_dtype(dtype))
-        merged: Tensor = torch.from_numpy(data).view(torch_dtype(dtype)).reshape(shape)
+        merged: Tensor = torch.from_numpy(data).view(torch_dtype(dtype)).reshape(shape).clone()
         return merged
 
     def __iter__(self) -> Iterator[str]:

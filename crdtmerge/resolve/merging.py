@@ -20,6 +20,7 @@ from crdtmerge.numerics.reduction import BLOCK
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import ROLES, Claim
+from crdtmerge.resolve.asking import with_dtype_named
 from crdtmerge.resolve.blocks import stretch_elements
 from crdtmerge.resolve.engine import Digests, Sink, Work, check_inputs, run
 from crdtmerge.resolve.fit import fit
@@ -32,7 +33,7 @@ from crdtmerge.strategies.parameters import Filled
 from crdtmerge.strategies.protocol import Needs, Plan, Rng
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.carried import with_dtype
-from crdtmerge.weights.facts import refuse_nonfinite
+from crdtmerge.weights.facts import MERGE_ANYWAY, refuse_nonfinite
 from crdtmerge.weights.layout import Layout, plan_output
 
 Model = Any
@@ -61,6 +62,7 @@ class Merge:
     ) -> None:
         """Raises UsageError, NeedsError, InputError and MismatchError, each before anything is written."""
         require_ieee()
+        recipe = with_dtype_named(recipe)
         self.strategy = registry.get(recipe.strategy)
         self.params: Filled[Any] = Filled(recipe.strategy, self.strategy.Params, recipe.params)
         self.needs = combined([self.strategy.needs(p) for p in self.params.variants()])
@@ -83,7 +85,7 @@ class Merge:
         found = [known(source, self.workers, self.options.cache, read) for source in inputs]
         if not recipe.allow_nonfinite:
             for one in found:
-                refuse_nonfinite(one.facts, recipe.excludes, one.source.where)
+                refuse_nonfinite(one.facts, recipe.excludes, one.source.where, MERGE_ANYWAY)
         base_known = found[-1] if self.base_source else None
         claims = [claim for _, claim in models]
         self.gathered: Gathered = gather(list(zip(found, claims, strict=False)), base_known)
@@ -260,8 +262,6 @@ def combined(needs: Sequence[Needs]) -> Needs:
 def _check(recipe: Recipe, models: Sequence[tuple[Model, Claim]], base: Model | None, needs: Needs) -> None:
     """What can be refused before a file is opened."""
     name = recipe.strategy
-    if recipe.dtype is not None and float_named(recipe.dtype) is None:
-        raise UsageError(f"dtype = {recipe.dtype!r}: must be float64, float32, bfloat16 or float16.")
     if needs.base == "required" and base is None:
         raise NeedsError(
             f"strategy '{name}' needs a base: the model from which all were fine-tuned. Give it with --base."
@@ -271,11 +271,12 @@ def _check(recipe: Recipe, models: Sequence[tuple[Model, Claim]], base: Model | 
     if not needs.min_k <= len(models) <= (needs.max_k or limits.CONTRIBUTIONS_MAX):
         most = needs.max_k or limits.CONTRIBUTIONS_MAX
         raise UsageError(f"strategy '{name}' merges {needs.min_k} to {most} models; {len(models)} given.")
-    for position, (_, claim) in enumerate(models, 1):
+    for position, (model, claim) in enumerate(models, 1):
+        label = model.label if isinstance(model, Source) else f"model {position}"
         if claim.role not in needs.roles:
             raise UsageError(
-                f"model {position} has role {claim.role!r}; strategy '{name}' merges {', '.join(needs.roles)} "
+                f"{label} has role {claim.role!r}; strategy '{name}' merges {', '.join(needs.roles)} "
                 f"(roles are {', '.join(ROLES)})."
             )
         if needs.weights == "nonnegative" and claim.weight < 0:
-            raise ParameterError(f"model {position} has weight {claim.weight}; strategy '{name}' takes none below 0.")
+            raise ParameterError(f"{label} has weight {claim.weight}; strategy '{name}' takes none below 0.")

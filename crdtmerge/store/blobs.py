@@ -277,8 +277,8 @@ class Staging:
                 self._disk.sync_folder(folder)
         if quota is not None and new and blobs.used() > quota:
             raise StorageError(
-                f"{blobs.folder.parent}: {new} new bytes would make {blobs.used()}; its quota is {quota}. Collect with "
-                "`crdtmerge gc`, remove contributions, or raise the quota."
+                f"{new} new bytes would make {blobs.used()} in this replica; its quota is {quota} bytes. Remove "
+                "contributions and collect them with `crdtmerge gc`, or begin with a larger quota."
             )
         return new
 

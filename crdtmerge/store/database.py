@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from crdtmerge.errors import ReplicaError, StorageError
+from crdtmerge.errors import DatabaseError, ReplicaError, StorageError
 from crdtmerge.replica.tables import NAMES, RAW
 
 APPLICATION_ID = 0x43524D47
@@ -204,9 +204,9 @@ class Database:
 
     def _failed(self, fault: sqlite3.DatabaseError) -> ReplicaError | StorageError:
         if "malformed" in str(fault) or "not a database" in str(fault):
-            return ReplicaError(
-                f"{self.path}: is damaged ({fault}). Run `crdtmerge fsck`; what this replica shared can be fetched "
-                "again from its peers."
+            return DatabaseError(
+                f"{self.path}: is damaged ({fault}). What this replica shared is on its peers: begin a new one with "
+                "`crdtmerge init --from`, and give it this one's key.pem with `crdtmerge keys import`."
             )
         return StorageError(
             f"{self.path}: {fault}. Nothing that was acknowledged is lost; make room or mend the disk, then repeat "

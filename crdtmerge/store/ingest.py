@@ -6,18 +6,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from crdtmerge.errors import UsageError
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.recipe import Recipe
-from crdtmerge.replica.architecture import Architecture
+from crdtmerge.replica.architecture import Architecture, Tensor
 from crdtmerge.replica.contribution import Manifest, Row
 from crdtmerge.store.blobs import Staging
 from crdtmerge.store.leases import Lease
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.carried import carried_files
 from crdtmerge.weights.checkpoint import Checkpoint
-from crdtmerge.weights.digests import digest_file
-from crdtmerge.weights.facts import Facts, refuse_nonfinite
+from crdtmerge.weights.digests import digest_file, piece_digests, tensor_digest
+from crdtmerge.weights.facts import POOL_ANYWAY, Facts, refuse_nonfinite
 from crdtmerge.weights.header import Entry
 from crdtmerge.weights.state_dict import StateDict
 
@@ -66,7 +69,8 @@ class Intake:
             carried, notes = carried_files(checkpoint.folder) if checkpoint.folder else ({}, [])
             files = {name: self._staging.file(data) for name, data in carried.items()}
             facts = self._read(checkpoint, workers)
-            return self._taken(checkpoint.entries, facts, files, [*checkpoint.notes, *notes], checkpoint.where)
+            taken = self._taken(checkpoint.entries, facts, files, [*checkpoint.notes, *notes], checkpoint.where)
+            return taken._replace(nbytes=taken.nbytes + sum(map(len, carried.values())))
 
     def _read(self, checkpoint: Checkpoint, workers: Workers) -> dict[str, Facts]:
         """The facts of all tensors, copying those that are not here already."""
@@ -98,8 +102,12 @@ class Intake:
     def _check(self, entries: Mapping[str, Entry], where: str) -> None:
         """Raise MismatchError before anything is copied."""
         if self._architecture is not None:
-            theirs = {name: (entry.dtype.name, entry.shape) for name, entry in sorted(entries.items())}
-            self._architecture.check(Architecture(theirs), self._recipe, where)
+            known = self._architecture.tensors
+            rows = {
+                name: Tensor(entry.dtype.name, entry.shape, known[name].fixed if name in known else None)
+                for name, entry in sorted(entries.items())
+            }
+            self._architecture.check(Architecture(rows), self._recipe, where)
 
     def _taken(
         self,
@@ -110,19 +118,31 @@ class Intake:
         where: Callable[[str], str],
     ) -> Ingested:
         if not self._recipe.allow_nonfinite:
-            refuse_nonfinite(facts, self._recipe.excludes, where)
+            refuse_nonfinite(facts, self._recipe.excludes, where, POOL_ANYWAY)
         rows = sorted(Row(name, entry.dtype.name, entry.shape, facts[name].digest) for name, entry in entries.items())
         return Ingested(Manifest(tuple(rows)), files, sum(entry.nbytes for entry in entries.values()), notes)
 
 
 def architecture_of(model: object) -> Architecture:
-    """The architecture of a path or a state dict, from its headers alone. Raises InputError, UsageError."""
-    entries: Mapping[str, Entry]
+    """The architecture of a path or a state dict: headers and integers. Raises InputError, UsageError."""
     if isinstance(model, str | Path):
         with Checkpoint.open(model) as checkpoint:
-            entries = checkpoint.entries
-    elif isinstance(model, Mapping):
-        entries = StateDict(model, "the model").entries
-    else:
-        raise UsageError(f"the model is {type(model).__name__}; a path or a mapping of names to tensors is needed.")
-    return Architecture({name: (entry.dtype.name, entry.shape) for name, entry in sorted(entries.items())})
+            return _architecture(checkpoint.entries, lambda entry: _read(checkpoint, entry))
+    if isinstance(model, Mapping):
+        state = StateDict(model, "the model")
+        return _architecture(state.entries, lambda entry: state.raw[entry.name])
+    raise UsageError(f"the model is {type(model).__name__}; a path or a mapping of names to tensors is needed.")
+
+
+def _architecture(entries: Mapping[str, Entry], read: Callable[[Entry], NDArray[np.uint8]]) -> Architecture:
+    def digest(entry: Entry) -> bytes:
+        unread = bytes(32)  # of floats, whose digests are no part of an architecture
+        return unread if entry.dtype.floating else tensor_digest(entry.dtype, entry.shape, piece_digests(read(entry)))
+
+    return Architecture.of(Row(name, entry.dtype.name, entry.shape, digest(entry)) for name, entry in entries.items())
+
+
+def _read(checkpoint: Checkpoint, entry: Entry) -> NDArray[np.uint8]:
+    buffer = np.empty(entry.nbytes, np.uint8)
+    checkpoint.read_into(entry.name, 0, buffer)
+    return buffer

@@ -69,7 +69,7 @@ def _raw(where: str, tensor: Any) -> tuple[NDArray[np.uint8], DType]:
     """A tensor's bytes in row-major order, and its dtype."""
     if isinstance(tensor, np.ndarray):
         dtype = BY_TORCH_NAME.get(tensor.dtype.name)
-        if dtype is None or tensor.dtype.byteorder == ">":
+        if dtype is None or dtype.kind == "packed" or tensor.dtype.byteorder == ">":
             raise InputError(
                 f"{where} is a numpy array of {tensor.dtype}; use a little-endian type that torch has too."
             )

@@ -19,21 +19,14 @@ RULES
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import NamedTuple, Self
+from dataclasses import replace
+from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from crdtmerge.errors import BundleError, ChangedError, InputError, MismatchError, UsageError
+from crdtmerge import limits
+from crdtmerge.errors import BundleError, InputError, MismatchError, UsageError
 from crdtmerge.keys import Key
-from crdtmerge.numerics.dtypes import DType
-from crdtmerge.numerics.finite import nonfinite
-from crdtmerge.numerics.workers import Workers
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.architecture import Architecture
 from crdtmerge.replica.contribution import Manifest, Says
@@ -42,127 +35,10 @@ from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import INCARNATION_BYTES, Add, Op, Payload, Remove, Retract, Unretract
 from crdtmerge.replica.opset import Hidden, OpSet
 from crdtmerge.replica.tables import MemoryTables
-from crdtmerge.resolve.asking import completed, refuse_version, said_role, said_weight
-from crdtmerge.resolve.gather import known
+from crdtmerge.resolve.asking import completed, refuse_version, said_role, said_text, said_weight
 from crdtmerge.resolve.merge import Merged, into_memory
 from crdtmerge.resolve.merging import Options
-from crdtmerge.resolve.sources import FileSource, MemorySource, Progress
-from crdtmerge.store import bundle
-from crdtmerge.weights.cache import DigestCache
-from crdtmerge.weights.checkpoint import Checkpoint
-from crdtmerge.weights.digests import piece_digests, tensor_digest
-from crdtmerge.weights.facts import Facts, refuse_nonfinite
-from crdtmerge.weights.header import Entry
-
-
-class Held(NamedTuple):
-    """A tensor that a state holds: its bytes, or the checkpoint where they were found."""
-
-    dtype: DType
-    shape: tuple[int, ...]
-    facts: Facts
-    raw: NDArray[np.uint8] | None
-    found: tuple[Path, str] | None
-
-    def read(self, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Fill a buffer with its bytes from an offset."""
-        if self.raw is not None:
-            buffer[:] = self.raw[offset : offset + buffer.nbytes]
-            return
-        assert self.found is not None, "a tensor is in memory or on disk"
-        path, name = self.found
-        with Checkpoint.open(path) as checkpoint:
-            checkpoint.read_into(name, offset, buffer)
-
-
-@dataclass(frozen=True)
-class Holdings:
-    """What a state keeps besides operations: tensors by digest, manifests by content, files by digest."""
-
-    tensors: Mapping[bytes, Held]
-    manifests: Mapping[bytes, Manifest]
-    files: Mapping[bytes, bytes]
-
-    def __or__(self, other: Holdings) -> Holdings:
-        return Holdings(
-            {**other.tensors, **self.tensors},
-            {**other.manifests, **self.manifests},
-            {**other.files, **self.files},
-        )
-
-    def only(self, contents: Iterable[bytes], files: Iterable[bytes]) -> Holdings:
-        """Without the tensors of other contents and other files."""
-        wanted = {
-            row.digest for content in contents if content in self.manifests for row in self.manifests[content].rows
-        }
-        tensors = {digest: held for digest, held in self.tensors.items() if digest in wanted}
-        kept = set(files)
-        return Holdings(tensors, self.manifests, {d: data for d, data in self.files.items() if d in kept})
-
-
-EMPTY = Holdings({}, {}, {})
-
-
-class HeldSource:
-    """A content of a state as the source of a merge."""
-
-    def __init__(self, manifest: Manifest, tensors: Mapping[bytes, Held], files: Mapping[str, bytes]) -> None:
-        self.label = f"contribution {manifest.id.hex()[:16]}"
-        self._held = {row.name: tensors[row.digest] for row in manifest.rows}
-        self.entries: Mapping[str, Entry] = {
-            row.name: Entry(row.name, held.dtype, held.shape, 0, _nbytes(held))
-            for row, held in zip(manifest.rows, self._held.values(), strict=True)
-        }
-        self.path: Path | None = None
-        self.bytes_read = 0
-        self._files = dict(files)
-        paths = {held.found[0] for held in self._held.values() if held.raw is None and held.found is not None}
-        self._open = {path: FileSource(path) for path in sorted(paths)}
-
-    def carried(self) -> tuple[dict[str, bytes], list[str]]:
-        """The files that came with it."""
-        return self._files, []
-
-    def where(self, name: str) -> str:
-        """The file of a tensor, or the contribution."""
-        held = self._held.get(name)
-        if held is None or held.raw is not None or held.found is None:
-            return self.label
-        return self._open[held.found[0]].where(held.found[1])
-
-    def read_into(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Fill a buffer."""
-        held = self._held[name]
-        if held.raw is not None:
-            buffer[:] = held.raw[offset : offset + buffer.nbytes]
-        else:
-            assert held.found is not None, "a tensor is in memory or on disk"
-            self._open[held.found[0]].read_into(held.found[1], offset, buffer)
-
-    def facts(self, workers: Workers, cache: DigestCache | None, progress: Progress) -> dict[str, Facts]:
-        """As they were found when it was added; of files, whose bytes are hashed again when they are merged."""
-        for source in self._open.values():
-            for name in (held.found[1] for held in self._held.values() if held.found and held.found[0] == source.path):
-                if name not in source.entries:
-                    raise ChangedError(f"{source.label}: tensor {name!a} is gone since it was added. Add it again.")
-        return {name: held.facts for name, held in self._held.items()}
-
-    def check_unchanged(self) -> None:
-        """That the files are as they were when they were opened."""
-        for source in self._open.values():
-            source.check_unchanged()
-
-    def close(self) -> None:
-        """Close the files."""
-        for source in self._open.values():
-            source.close()
-
-
-def _nbytes(held: Held) -> int:
-    bits = held.dtype.bits
-    for size in held.shape:
-        bits *= size
-    return bits // 8
+from crdtmerge.state.holdings import EMPTY, HeldSource, Holdings, Taken, from_bytes, taken, to_bytes
 
 
 class Delta:
@@ -173,12 +49,12 @@ class Delta:
 
     def to_bytes(self) -> bytes:
         """The delta as one safetensors file."""
-        return _to_bytes(self.genesis, self.ops, self.holdings)
+        return to_bytes(self.genesis, self.ops, self.holdings)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Delta:
         """Read a delta; every signature and tensor is checked. Raises BundleError, HeaderError."""
-        contents, tensors = _from_bytes(data)
+        contents, tensors = from_bytes(data)
         return cls(contents.genesis, tuple(contents.ops), Holdings(tensors, contents.manifests, contents.files))
 
 
@@ -193,11 +69,13 @@ class MergeState:
 
     def __init__(self, recipe: Recipe | str, base: object = None, *, key: Key | None = None) -> None:
         asked = Recipe(recipe) if isinstance(recipe, str) else recipe
+        if not isinstance(asked, Recipe) or not isinstance(key, Key | None):
+            raise UsageError(f"a recipe (or a strategy's name) and a Key are needed, not {recipe!r} and {key!r}.")
         self._key = key or Key.generate()
-        one = None if base is None else _taken(base, "the base", asked)
+        one = None if base is None else taken(base, "the base", asked)
         self._begin(Genesis(completed(asked, one.manifest.id if one else None), files=one.files if one else {}), one)
 
-    def _begin(self, genesis: Genesis, base: _Taken | None) -> None:
+    def _begin(self, genesis: Genesis, base: Taken | None) -> None:
         self._genesis = genesis
         self._set = OpSet(genesis, MemoryTables())
         self._base = base.manifest if base else None
@@ -207,9 +85,8 @@ class MergeState:
         """A value of the same pool. Holdings that nothing needs any more are left out."""
         other = object.__new__(type(self))
         other._key, other._genesis, other._base, other._set = key or self._key, self._genesis, self._base, changed
-        files = {digest for entry in changed.visible() for digest in entry.files.values()}
         needed = [*changed.held(), *([self._base.id] if self._base else [])]
-        other._holdings = holdings.only(needed, files | set(self._genesis.files.values()))
+        other._holdings = holdings.only(needed, _files_of(changed) | set(self._genesis.files.values()))
         return other
 
     def _copied(self) -> OpSet:
@@ -288,10 +165,11 @@ class MergeState:
             InputError: the model cannot be read or holds NaN. MismatchError: it does not fit the others.
             UsageError: a weight that is no number, an unknown role.
         """
-        taken = _taken(model, "the model", self._genesis.recipe)
-        self._check_fits(taken.manifest, "the model")
-        says = Says(said_weight(weight), said_role(role), task, stats or {}, taken.files or None, note)
-        return self._signed(Add(taken.manifest.id, says), taken.holdings)
+        one = taken(model, "the model", self._genesis.recipe)
+        _check_fits(one.manifest, self._holdings.manifests, self._genesis.recipe, "the model")
+        task, note = said_text("task", task, limits.NAME_BYTES_MAX), said_text("note", note, limits.NOTE_BYTES_MAX)
+        says = Says(said_weight(weight), said_role(role), task, stats or {}, one.files or None, note)
+        return self._signed(Add(one.manifest.id, says), one.holdings)
 
     def remove(self, content: bytes | str, reason: str | None = None) -> Self:
         """Without a contribution: every ADD of it that is known here ends. Raises UsageError if there is none."""
@@ -299,7 +177,7 @@ class MergeState:
         dots = sorted(op.id for op in self._set.live(content))
         if not dots:
             raise UsageError(f"contribution {content.hex()} is not in this state; there are {_ids(self.visible)}.")
-        return self._signed(Remove(tuple(dots), reason))
+        return self._signed_in_pieces(Remove, dots, reason)
 
     def retract(self, content: bytes | str, reason: str | None = None) -> Self:
         """Without a content, whatever is added concurrently or later."""
@@ -311,20 +189,30 @@ class MergeState:
         ones = sorted(op.id for op in self._set.retractions(content))
         if not ones:
             raise UsageError(f"contribution {content.hex()} is not retracted.")
-        return self._signed(Unretract(tuple(ones), reason))
+        return self._signed_in_pieces(Unretract, ones, reason)
 
     def join(self, other: MergeState | Delta) -> Self:
         """The union with another state, or with a delta. Raises MismatchError naming both if they cannot be joined."""
+        if not isinstance(other, MergeState | Delta):
+            raise UsageError(f"a state joins a state or a delta, not {type(other).__name__}.")
         theirs = other._genesis if isinstance(other, MergeState) else other.genesis
         self._genesis.refuse_other(theirs)
         ops = other._set.delta(self.heads) if isinstance(other, MergeState) else other.ops
         holdings = other._holdings if isinstance(other, MergeState) else other.holdings
-        for content in holdings.manifests.keys() - self._holdings.manifests.keys():
-            self._check_fits(holdings.manifests[content], f"content {content.hex()[:16]} of the other state")
+        together = {**holdings.manifests, **self._holdings.manifests}
+        for content in sorted(holdings.manifests.keys() - self._holdings.manifests.keys()):
+            _check_fits(
+                holdings.manifests[content],
+                together,
+                self._genesis.recipe,
+                f"content {content.hex()[:16]} of the other state",
+            )
         changed = self._copied()
-        joined = changed.join(ops, {**holdings.manifests, **self._holdings.manifests})
+        joined = changed.join(ops, together)
         if joined.refused:
             raise BundleError(f"the other state holds what no state of this pool takes: {joined.refused[0][1]}")
+        if joined.waiting and not joined.waiting[0][1].parents:
+            raise BundleError("the delta lacks the manifest of a content that it adds.")
         if joined.waiting:
             raise UsageError(
                 f"the delta builds on {len(joined.waiting[0][1].parents)} operations that this state lacks: ask for "
@@ -333,14 +221,19 @@ class MergeState:
         return self._with(changed, self._holdings | holdings)
 
     def __or__(self, other: MergeState | Delta) -> Self:
-        return self.join(other)
+        return self.join(other) if isinstance(other, MergeState | Delta) else NotImplemented
+
+    def __bool__(self) -> bool:
+        return True
 
     def delta_since(self, heads: Iterable[bytes]) -> Delta:
         """What a state with these heads lacks of this one, tensors included."""
         ops = tuple(self._set.delta(heads))
         added = {op.payload.content for op in ops if isinstance(op.payload, Add)}
-        files = {digest for content in added if (e := self._set.entry(content)) for digest in e.files.values()}
         manifests = {content: self._holdings.manifests[content] for content in added}
+        files = {
+            digest for op in ops if isinstance(op.payload, Add) for digest in (op.payload.says.files or {}).values()
+        }
         return Delta(self._genesis, ops, replace(self._holdings.only(added, files), manifests=manifests))
 
     def renewed(self) -> MergeState:
@@ -349,15 +242,26 @@ class MergeState:
         Operations are kept for ever within a pool. Where that is too long, all members go on in a new one: states
         with equal visible sets get equal new pool ids, and refuse what still comes from the old.
         """
+        genesis = replace(self._genesis, recipe=self.recipe, succeeds=(self.pool_id, self.root))
         other = object.__new__(MergeState)
-        other._key = self._key
-        other._genesis = replace(self._genesis, recipe=self.recipe, succeeds=(self.pool_id, self.root))
-        other._base, other._holdings, other._set = self._base, self._holdings, OpSet(other._genesis, MemoryTables())
+        other._key, other._genesis, other._base = self._key, genesis, self._base
+        other._set = OpSet(genesis, MemoryTables())
+        base = {self._base.id: self._base} if self._base else {}
+        other._holdings = replace(self._holdings, manifests=base)
         for one in self.visible:
             claim = one.claim
             says = Says(claim.weight, claim.role, claim.task, claim.stats, one.files or None, one.note)
-            other = other._signed(Add(one.id, says), self._holdings)
+            other = other._signed(Add(one.id, says), self._holdings.of(one.id))
+        for content in self._set.retracted():
+            other = other._signed(Retract(content, "retracted in the pool that this one goes on from"))
         return other
+
+    def _signed_in_pieces(self, kind: type[Remove], targets: list[bytes], reason: str | None) -> Self:
+        """As many operations as it takes to name all targets."""
+        state = self
+        for at in range(0, len(targets), limits.PARENTS_MAX):
+            state = state._signed(kind(tuple(targets[at : at + limits.PARENTS_MAX]), reason))
+        return state
 
     def _signed(self, payload: Payload, holdings: Holdings = EMPTY) -> Self:
         changed = self._copied()
@@ -367,16 +271,6 @@ class MergeState:
         missing = changed.accept(op, manifest)
         assert missing is None, "an operation composed here lacks nothing"
         return self._with(changed, together)
-
-    def _check_fits(self, manifest: Manifest, where: str) -> None:
-        """Raise MismatchError unless a model fits those that are here."""
-        theirs = Architecture.of(manifest.rows)
-        mine = {}
-        for one in self._holdings.manifests.values():
-            architecture = Architecture.of(one.rows)
-            mine[architecture.id] = architecture
-        for _, architecture in sorted(mine.items()):
-            architecture.check(theirs, self._genesis.recipe, where)
 
     # ---- merging it
 
@@ -394,24 +288,32 @@ class MergeState:
 
     def _source(self, content: bytes, files: Mapping[str, bytes]) -> HeldSource:
         manifest = self._holdings.manifests[content]
-        missing = [row.name for row in manifest.rows if row.digest not in self._holdings.tensors]
-        if missing:
-            raise InputError(
-                f"contribution {content.hex()} is announced, but {len(missing)} of its tensors are not here."
-            )
+        self._refuse_announced(manifest)
         held = {name: self._holdings.files[digest] for name, digest in files.items() if digest in self._holdings.files}
         return HeldSource(manifest, self._holdings.tensors, held)
+
+    def _refuse_announced(self, manifest: Manifest) -> None:
+        missing = sum(row.digest not in self._holdings.tensors for row in manifest.rows)
+        if missing:
+            raise InputError(
+                f"contribution {manifest.id.hex()} is announced, but {missing} of its tensors are not here."
+            )
 
     # ---- as bytes
 
     def to_bytes(self) -> bytes:
-        """The whole state, tensors included, as one safetensors file; ``from_bytes`` checks all of it."""
-        return _to_bytes(self._genesis, tuple(self._set.ops()), self._holdings)
+        """The whole state, tensors included, as one safetensors file; ``from_bytes`` checks all of it.
+
+        Raises InputError where a contribution is announced and not here, ChangedError where its file changed.
+        """
+        for content in self._set.held():
+            self._refuse_announced(self._holdings.manifests[content])
+        return to_bytes(self._genesis, tuple(self._set.ops()), self._holdings)
 
     @classmethod
     def from_bytes(cls, data: bytes, *, key: Key | None = None) -> Self:
         """Read a state; every signature, rule and tensor is checked. Raises BundleError, HeaderError."""
-        contents, tensors = _from_bytes(data)
+        contents, tensors = from_bytes(data)
         state = object.__new__(cls)
         state._key, state._genesis = key or Key.generate(), contents.genesis
         base = contents.genesis.base
@@ -435,82 +337,34 @@ class MergeState:
             if any(row.digest not in holdings.tensors for row in manifest.rows):
                 raise BundleError(f"the state: tensors of contribution {content.hex()} are not in it.")
             try:
-                self._check_fits(manifest, f"contribution {content.hex()[:16]}")
+                _check_fits(manifest, holdings.manifests, self._genesis.recipe, f"contribution {content.hex()[:16]}")
             except MismatchError as fault:
                 raise BundleError(f"the state: {fault}") from None
 
 
-class _Taken(NamedTuple):
-    manifest: Manifest
-    holdings: Holdings
-    files: dict[str, bytes]
+def _check_fits(manifest: Manifest, others: Mapping[bytes, Manifest], recipe: Recipe, where: str) -> None:
+    """Raise MismatchError unless a model fits all others."""
+    theirs, mine = Architecture.of(manifest.rows), dict[bytes, Architecture]()
+    for one in others.values():
+        architecture = Architecture.of(one.rows)
+        mine[architecture.id] = architecture
+    for _, architecture in sorted(mine.items()):
+        architecture.check(theirs, recipe, where)
 
 
-def _taken(model: object, label: str, recipe: Recipe) -> _Taken:
-    """A model that nobody can change any more: copied, or a path with digests. Raises InputError, UsageError."""
-    source: FileSource | MemorySource
-    if isinstance(model, str | Path):
-        source = FileSource(model)
-    elif isinstance(model, Mapping):
-        source = MemorySource(model, label, copied=True)
-    else:
-        raise UsageError(f"{label} is {type(model).__name__}; a path or a mapping of names to tensors is needed.")
-    try:
-        with Workers() as workers:
-            one = known(source, workers, DigestCache(), lambda read: None)
-        carried, _ = source.carried()
-    finally:
-        source.close()
-    if not recipe.allow_nonfinite:
-        refuse_nonfinite(one.facts, recipe.excludes, source.where)
-    tensors = {
-        one.facts[name].digest: Held(
-            entry.dtype,
-            entry.shape,
-            one.facts[name],
-            source.raw(name) if isinstance(source, MemorySource) else None,
-            (source.path.resolve(), name) if source.path else None,
-        )
-        for name, entry in source.entries.items()
-    }
-    digests = {name: hashlib.sha256(data).digest() for name, data in carried.items()}
-    files = {digests[name]: data for name, data in carried.items()}
-    return _Taken(one.manifest, Holdings(tensors, {one.id: one.manifest}, files), digests)
-
-
-def _to_bytes(genesis: Genesis, ops: tuple[Op, ...], holdings: Holdings) -> bytes:
-    parts = (
-        bundle.Part(digest, held.dtype, held.shape, held.read, str(held.found[0]) if held.found else "a tensor")
-        for digest, held in sorted(holdings.tensors.items())
-    )
-    return bundle.to_bytes(bundle.Contents(genesis, ops, holdings.manifests, holdings.files), parts)
-
-
-def _from_bytes(data: bytes) -> tuple[bundle.Contents, dict[bytes, Held]]:
-    """A bundle's contents and its tensors, each hashed. Raises BundleError, HeaderError."""
-    data = bytes(data)
-    entries = bundle.entries_of(data, "the state")
-    contents = bundle.read(entries, lambda entry: data[entry.begin : entry.end], "the state")
-    tensors = {}
-    for name, entry in entries.items():
-        digest = bundle.tensor_digest_of(name)
-        if digest is None:
-            continue
-        raw = np.frombuffer(data, np.uint8, entry.nbytes, entry.begin)
-        if tensor_digest(entry.dtype, entry.shape, piece_digests(raw)) != digest:
-            raise BundleError(f"the state: tensor {digest.hex()[:16]} holds other bytes than its name says.")
-        bad = nonfinite(raw, entry.dtype) if entry.dtype.floating else None
-        tensors[digest] = Held(entry.dtype, entry.shape, Facts(digest, bad), raw, None)
-    return contents, tensors
+def _files_of(opset: OpSet) -> set[bytes]:
+    """The files that live ADDs speak of, visible or not."""
+    live = (op.payload for content in opset.held() for op in opset.live(content))
+    return {digest for add in live if isinstance(add, Add) for digest in (add.says.files or {}).values()}
 
 
 def _content(content: bytes | str) -> bytes:
     """A content id, also as hexadecimal text. Raises UsageError."""
     try:
-        found = bytes.fromhex(content) if isinstance(content, str) else bytes(content)
+        found = bytes.fromhex(content) if isinstance(content, str) else content
     except ValueError:
         found = b""
-    if len(found) != 32:
+    if not isinstance(found, bytes) or len(found) != 32:
         raise UsageError(f"{content!r} is no content id: 32 bytes, or 64 hexadecimal digits.")
     return found
 

@@ -1,0 +1,1 @@
+"""Replicas meet: reconciliation, node, HTTP transport, folders and buckets."""
