@@ -35,16 +35,16 @@ from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.members import Rank
 from crdtmerge.replica.op import Add, Grant, Op, Remove, Retract, Revoke, SetRecipe, Unretract
 from crdtmerge.replica.opset import Joined, OpSet
-from crdtmerge.store.blobs import Staging
-from crdtmerge.store.disk import Disk, failing
-from crdtmerge.store.source import BlobSource
 
 if TYPE_CHECKING:
     from crdtmerge.pool.outputs import Resolved
     from crdtmerge.resolve.merge import Merged
+    from crdtmerge.store.blobs import Staging
     from crdtmerge.store.check import Report
     from crdtmerge.store.collect import Collected
+    from crdtmerge.store.disk import Disk
     from crdtmerge.store.ingest import Ingested
+    from crdtmerge.store.source import BlobSource
 
 
 class Added(NamedTuple):
@@ -116,6 +116,7 @@ class Replica:
             OutputError: the folder is not free. UsageError, NeedsError, InputError: what is asked for cannot be.
         """
         from crdtmerge.resolve.asking import completed
+        from crdtmerge.store.disk import Disk
         from crdtmerge.store.ingest import architecture_of
 
         asked = Recipe(recipe) if isinstance(recipe, str) else recipe
@@ -163,6 +164,7 @@ class Replica:
     ) -> Self:
         """Begin a replica of an existing pool from an exported state. Raises OutputError, BundleError, HeaderError."""
         from crdtmerge.pool import exchange
+        from crdtmerge.store.disk import Disk
 
         genesis = exchange.contents_of(Path(bundle)).genesis
         with _new_folder(Path(folder)) as staged:
@@ -177,6 +179,8 @@ class Replica:
     @classmethod
     def open(cls, folder: str | Path, *, disk: Disk | None = None) -> Self:
         """Open a replica. Raises ReplicaError."""
+        from crdtmerge.store.disk import Disk
+
         return cls(Room.opened(Path(folder), disk or Disk()))
 
     # ---- what is in it
@@ -434,6 +438,8 @@ class Replica:
 
     def import_key(self, key: Key) -> None:
         """Sign with another key from now on. Raises StorageError."""
+        from crdtmerge.store.disk import failing
+
         with self._room.database.transaction(), failing(self.folder):
             temporary = self.folder / f".{KEY_NAME}.{secrets.token_hex(4)}"
             key.save(temporary)
@@ -543,6 +549,8 @@ def _found(room: Room, genesis: Genesis, base: Manifest | None, staging: Staging
 @contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder under another name, which takes its place when all went well. Raises OutputError."""
+    from crdtmerge.store.disk import Disk, failing
+
     staged = folder.with_name(f".{folder.name}.crdtmerge-{secrets.token_hex(4)}")
     try:
         if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir())):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import msgpack
 
@@ -18,14 +20,14 @@ from crdtmerge.replica.contribution import Manifest, Says
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import Add, Op, Payload
 from crdtmerge.replica.opset import Joined, OpSet
-from crdtmerge.store.blobs import Blobs, Staging
 from crdtmerge.store.database import Database, SqliteTables
-from crdtmerge.store.disk import Disk, failing
 from crdtmerge.store.group_commit import GroupCommit
-from crdtmerge.store.incarnation import Incarnation
-from crdtmerge.store.ingest import Intake
-from crdtmerge.store.leases import Lease
-from crdtmerge.store.source import BlobSource
+
+if TYPE_CHECKING:
+    from crdtmerge.store.blobs import Blobs, Staging
+    from crdtmerge.store.disk import Disk
+    from crdtmerge.store.ingest import Intake
+    from crdtmerge.store.source import BlobSource
 
 KEY_NAME = "key.pem"
 
@@ -41,7 +43,7 @@ class Room:
 
     def __init__(self, folder: Path, database: Database, genesis: Genesis, disk: Disk) -> None:
         self.folder, self.genesis, self.database = folder, genesis, database
-        self.blobs = Blobs(folder, database, disk)
+        self._disk = disk
         self.group = GroupCommit(database)
         self.opset = OpSet(genesis, SqliteTables(database))
         self._key: Key | None = None
@@ -63,6 +65,8 @@ class Room:
     def begun(cls, folder: Path, genesis: Genesis, key: Key, quota: int | None, disk: Disk) -> Room:
         """An empty one, in a folder under construction. Raises StorageError, ReplicaError."""
         room = cls(folder, Database.create(folder), genesis, disk)
+        from crdtmerge.store.disk import failing
+
         room.blobs.make()
         with failing(folder):
             key.save(folder / KEY_NAME)
@@ -72,6 +76,13 @@ class Room:
         return room
 
     # ---- what is here
+
+    @cached_property
+    def blobs(self) -> Blobs:
+        """The blobs; loaded when they are first looked at, for they bring numpy."""
+        from crdtmerge.store.blobs import Blobs
+
+        return Blobs(self.folder, self.database, self._disk)
 
     @property
     def author(self) -> bytes:
@@ -100,6 +111,8 @@ class Room:
 
     def source(self, content: bytes, files: Mapping[str, bytes]) -> BlobSource:
         """A content as something to merge. Raises ReplicaError where it is not here."""
+        from crdtmerge.store.source import BlobSource
+
         manifest = self.manifest(content)
         if manifest is None:
             raise ReplicaError(f"contribution {content.hex()} is not in this replica.")
@@ -131,6 +144,8 @@ class Room:
 
     def write(self, payload: Payload, manifest: Manifest | None = None) -> Op:
         """Sign and take an operation of this replica's own. Raises NotAllowedError, OpError, MismatchError."""
+        from crdtmerge.store.incarnation import Incarnation
+
         incarnation = Incarnation(self.database, self.author)
         current = incarnation.current()
         op = self.opset.compose(self._own_key(), current, payload)
@@ -200,6 +215,9 @@ class Taking:
         self._open = ExitStack()
 
     def __enter__(self) -> tuple[Intake, Staging]:
+        from crdtmerge.store.ingest import Intake
+        from crdtmerge.store.leases import Lease
+
         with ExitStack() as opened:
             lease = opened.enter_context(Lease(self._room.database))
             staging = opened.enter_context(self._room.blobs.staging())

@@ -39,7 +39,7 @@ class Architecture:
         """The architecture of a manifest's rows.
 
         >>> Architecture.of([Row("w", "F32", (2,), bytes(32))]).id.hex()[:8]
-        'f42ecbfa'
+        '432ebfe4'
         """
         return cls({row.name: _tensor(row.dtype, row.shape, row.digest) for row in sorted(rows)})
 

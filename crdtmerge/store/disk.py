@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crdtmerge.errors import StorageError
-from crdtmerge.weights.descriptors import open_file
-from crdtmerge.weights.tensorfile import bytes_of
+from crdtmerge.weights.descriptors import bytes_of, open_file
 
 
 class Disk:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 from numpy.typing import NDArray
 
 from crdtmerge.errors import ChangedError, CheckpointError, HeaderError, InputError
-from crdtmerge.weights.descriptors import open_file
+from crdtmerge.weights.descriptors import bytes_of, open_file
 from crdtmerge.weights.header import LENGTH_BYTES, Entry, header_length, parse_header
 
 __all__ = ["Entry", "Stamp", "TensorFile", "bytes_of", "parse_header", "read_at", "refuse_format"]
@@ -124,12 +124,6 @@ def refuse_format(path: Path) -> None:
     reason = _REFUSED_SUFFIXES.get(path.suffix.lower())
     if reason:
         raise CheckpointError(f"{path}: {reason}")
-
-
-def bytes_of(data: Any) -> memoryview:
-    """Any contiguous buffer as a flat view of its bytes, without a copy."""
-    view = memoryview(data)
-    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def read_at(path: Path, descriptor: int, offset: int, view: memoryview) -> int:
