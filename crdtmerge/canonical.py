@@ -104,10 +104,10 @@ def decimal(value: Any) -> Decimal:
     >>> decimal(0.1), decimal("1e-3"), decimal(3)
     (Decimal('0.1'), Decimal('0.001'), Decimal('3'))
     """
-    if isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a number")
     if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # a number of numpy or torch
         value = value.item()
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a number")
     try:
         number = (
             value if isinstance(value, Decimal) else Decimal(value if isinstance(value, int | str) else repr(value))

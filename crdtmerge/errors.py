@@ -14,7 +14,7 @@
     │   ├── OpError           a signed operation that breaks a rule of its pool
     │   ├── BundleError       an exported state that cannot be read
     │   └── ReplicaError      a replica's folder: missing, damaged, of another kind
-    │       └── DatabaseError its database cannot be read any more
+    │       └── DatabaseError its database, or a row of it, cannot be read any more
     ├── MismatchError         inputs that do not fit each other: names, shapes, dtypes, buffers
     │   └── PoolMismatchError replicas or states of different pools
     ├── NotAllowedError       the pool gives this key no right to do that
@@ -87,7 +87,14 @@ class ReplicaError(InputError):
 
 
 class DatabaseError(ReplicaError):
-    """The database of a replica cannot be read any more."""
+    """The database of a replica, or a row of it, cannot be read any more."""
+
+
+class UnknownOpError(DatabaseError, KeyError):
+    """An operation that is referred to is not here."""
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
 
 
 class MismatchError(CrdtMergeError):

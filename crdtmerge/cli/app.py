@@ -110,7 +110,7 @@ def run() -> None:
         sys.exit(fail(error, as_json=as_json))
     except _UNREADABLE as error:
         if as_json:
-            emit({"error": {"kind": "UsageError", "message": str(error)}})
+            emit({"error": {"kind": "UsageError", "message": error.format_message()}})  # type: ignore[attr-defined]
         error.show()  # type: ignore[attr-defined]
         sys.exit(2)
     except _Interrupted:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crdtmerge.cli.console import emit, progress, say, tell
+from crdtmerge.cli.console import emit, progress, quoted, say, tell
 from crdtmerge.cli.replica_options import HERE, AsJson, ContentId, PoolFolder, Reason, Threads, short, size
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def add(
     if entry is None:
         tell("  hidden all the same: it is retracted; `crdtmerge log` says by whom and why")
     else:
-        tell(f"  weight {entry.weight}, role {entry.role}" + (f", task {entry.claim.task}" if entry.claim.task else ""))
+        tell(f"  weight {entry.weight}, role {entry.role}" + (f", task {quoted(entry.claim.task)}" if entry.claim.task else ""))
     tell(f"  {size(added.nbytes)}, {size(added.new_bytes)} of it new here")
 
 

@@ -74,6 +74,8 @@ def _print_status(replica: Replica, report: dict[str, Any]) -> None:
     worth = [one for one in report["hidden"] if one["why"] in ("retracted", "revoked")]
     for one in worth[:SHOWN_MAX]:
         by = replica.opset.op(bytes.fromhex(one["by"]))
+        if one["why"] == "revoked":  # it names the ADD that is void; what voided it says who and why
+            by = next(iter(replica.opset.revoked_by(by)), by)
         reason = getattr(by.payload, "reason", None)
         why = f" because {quoted(reason)}" if reason else ""
         tell(f"  {one['id'][:12]}  hidden: {one['why']} by {_who(by.author.hex(), own)}{why}")

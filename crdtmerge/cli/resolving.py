@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from crdtmerge.cli.console import Memory, emit, progress, say, tell
+from crdtmerge.cli.console import Memory, emit, progress, quoted, say, tell
 from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, Threads
 
 
@@ -77,7 +77,13 @@ def recipe(
 
     with Replica.open(pool) as replica:
         if strategy is not None:
-            asked, t = recipe_of(strategy, parsed(settings or []), dtype=dtype, exclude=exclude or (), missing=missing)
+            asked, t = recipe_of(
+                strategy,
+                parsed(settings or []),
+                dtype=dtype,
+                exclude=exclude or (),
+                missing=missing,
+            )
             if t is not None:
                 raise UsageError("t weighs two models by position; a pool's contributions have weights of their own.")
             replica.set_recipe(asked)
@@ -91,4 +97,4 @@ def recipe(
     for name, said in [*value["params"].items(), *((key, value[key]) for key in ("base", "dtype", "missing", "seed"))]:
         tell(f"  {name} = {'none' if said is None else said}")
     for glob in value["exclude"]:
-        tell(f"  exclude {glob}")
+        tell(f"  exclude {quoted(glob)}")

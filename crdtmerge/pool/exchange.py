@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crdtmerge.errors import BundleError, OutputError
+from crdtmerge.errors import BundleError, ChangedError, OutputError, ReplicaError
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.pool.room import Progress, Room, Taking
 from crdtmerge.replica.op import Add
@@ -37,7 +37,8 @@ def export(room: Room, path: Path, since: Sequence[bytes]) -> int:
         manifests = {one: manifest for one in [*added, *base] if (manifest := room.manifest(one)) is not None}
         held = [one for one in room.opset.held() if one in added and room.is_ready(one)] + base
         entries = [entry for one in held if (entry := room.opset.entry(one)) is not None]
-    names = {digest for entry in entries for digest in entry.files.values()} | set(room.genesis.files.values())
+    names = {digest for entry in entries for digest in entry.files.values()}
+    names |= set() if since else set(room.genesis.files.values())
     digests = sorted({row.digest for one in held for row in manifests[one].rows})
     with Lease(room.database) as lease:
         lease.hold([*digests, *names])
@@ -47,6 +48,7 @@ def export(room: Room, path: Path, since: Sequence[bytes]) -> int:
 
 def _write(room: Room, path: Path, said: bundle.Contents, digests: Sequence[bytes]) -> int:
     """Under a temporary name first; it appears whole, and never in the place of another."""
+    path = Path(os.path.abspath(path))  # noqa: PTH100 (links are not followed)
     size, stretches = bundle.write(said, (part for one in digests if (part := _part(room, one))), path.name)
     disk = room.blobs.disk
     temporary = path.with_name(f".{path.name}.crdtmerge-{secrets.token_hex(4)}")
@@ -59,7 +61,13 @@ def _write(room: Room, path: Path, said: bundle.Contents, digests: Sequence[byte
         finally:
             os.close(descriptor)
         disk.link(temporary, path)
-        disk.sync_folder(path.parent)
+        try:
+            disk.sync_folder(path.parent)
+        except OSError:
+            path.unlink(missing_ok=True)
+            raise
+    except ChangedError as fault:
+        raise ReplicaError(f"{fault} Nothing writes to a blob: it is damaged. Run `crdtmerge fsck --mend`.") from None
     except FileExistsError:
         raise OutputError(f"{path}: exists; choose another name or remove it.") from None
     except OSError as fault:

@@ -6,6 +6,7 @@ merge is remembered too, so that an output that was lost is written again withou
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from crdtmerge.errors import ChangedError, ReplicaError, UsageError
+from crdtmerge.canonical import digest
+from crdtmerge.errors import ChangedError, ReceiptError, ReplicaError, UsageError
 from crdtmerge.pool.room import Progress, Room
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import Claim
@@ -42,10 +44,12 @@ class Resolved(NamedTuple):
 
 
 class _Inputs(NamedTuple):
+    """What is merged; ``identity`` names it with the files that are carried along, which a merge id leaves out."""
+
     models: list[tuple[Any, Claim]]
     recipe: Recipe
     base: BlobSource | None
-    merge_id: bytes
+    identity: bytes
 
 
 def resolve(room: Room, threads: int | None, device: str, progress: Progress) -> Merged:
@@ -62,13 +66,14 @@ def resolve_to(room: Room, out: Path, threads: int | None, device: str, progress
     room.refuse_inside(out)
     with Lease(room.database) as lease:
         inputs = _inputs(room, lease)
-        known = _remembered(room, inputs.merge_id, is_folder(out))
+        identity = inputs.identity + bytes([is_folder(out)])
+        known = _remembered(room, identity)
         if known is not None and out.exists() and intact(out, known, threads):
             return Resolved(known, 0, 0, False, 0.0, ())
         options = Options(threads=threads, device=device, rehash=True, progress=progress)
         with _blaming_the_disk(), Merge(inputs.models, inputs.recipe, inputs.base, options) as one:
-            receipt, fsync_seconds, nbytes = into_files(one, out, _remembered_plan(room, inputs.merge_id))
-            _remember(room, inputs.merge_id, is_folder(out), receipt, one.plan)
+            receipt, fsync_seconds, nbytes = into_files(one, out, _remembered_plan(room, inputs.identity))
+            _remember(room, identity, receipt, inputs.identity, one.plan)
             return Resolved(receipt, nbytes, one.bytes_read, True, fsync_seconds, tuple(one.notes))
 
 
@@ -83,36 +88,51 @@ def _blaming_the_disk() -> Iterator[None]:
 
 def _inputs(room: Room, lease: Lease) -> _Inputs:
     """The visible set as sources with claims, the recipe and the base; their blobs are held by the lease."""
-    with room.database.snapshot():
-        visible, recipe, root = room.opset.visible(), room.opset.recipe, room.opset.root
+    root = None
+    while root != room.opset.root:  # until nothing was removed, and perhaps collected, before it was held
+        with room.database.snapshot():
+            visible, recipe, root = room.opset.visible(), room.opset.recipe, room.opset.root
+        base = room.genesis.base
+        manifests = (room.manifest(one) for one in [*(entry.id for entry in visible), *([base] if base else [])])
+        lease.hold(row.digest for manifest in manifests if manifest for row in manifest.rows)
+        lease.hold(file for entry in visible for file in entry.files.values())
     refuse_version(recipe)
     if not visible:
         raise UsageError("nothing to merge: the visible set is empty. Add models with `crdtmerge add`.")
-    base = room.genesis.base
-    manifests = (room.manifest(content) for content in [*(entry.id for entry in visible), *([base] if base else [])])
-    lease.hold(row.digest for manifest in manifests if manifest for row in manifest.rows)
-    lease.hold(digest for entry in visible for digest in entry.files.values())
     models: list[tuple[Any, Claim]] = [(room.source(entry.id, entry.files), entry.claim) for entry in visible]
     base_source = room.source(base, room.genesis.files) if base else None
-    return _Inputs(models, recipe, base_source, merge_id(root, recipe))
+    files = [[entry.id, dict(entry.files)] for entry in visible]
+    return _Inputs(models, recipe, base_source, digest("cached-merge", [merge_id(root, recipe), files]))
 
 
-def _remembered(room: Room, identity: bytes, folder: bool) -> Receipt | None:
-    row = room.database.one("SELECT receipt FROM merges WHERE merge = ?", (identity + bytes([folder]),))
-    return None if row is None else Receipt.from_bytes(row[0], "the cache of merges")
+def _remembered(room: Room, identity: bytes) -> Receipt | None:
+    """The receipt of an earlier merge; None if there is none, or the row is damaged: a cache makes nothing fail."""
+    data = _kept(room, "SELECT receipt FROM merges WHERE merge = ?", identity)
+    try:
+        return None if data is None else Receipt.from_bytes(data, "the cache of merges")
+    except ReceiptError:
+        return None
 
 
 def _remembered_plan(room: Room, identity: bytes) -> Plan | None:
-    row = room.database.one("SELECT plan FROM plans WHERE merge = ?", (identity,))
-    return None if row is None else Plan(msgpack.unpackb(row[0]))
+    data = _kept(room, "SELECT plan FROM plans WHERE merge = ?", identity)
+    return None if data is None else Plan(msgpack.unpackb(data))
 
 
-def _remember(room: Room, identity: bytes, folder: bool, receipt: Receipt, plan: Plan) -> None:
+def _kept(room: Room, statement: str, identity: bytes) -> bytes | None:
+    """The bytes of a row, unless they are not those that were kept."""
+    row = room.database.one(statement, (identity,))
+    data = row[0] if row else None
+    if not isinstance(data, bytes) or hashlib.sha256(data[32:]).digest() != data[:32]:
+        return None
+    return data[32:]
+
+
+def _remember(room: Room, identity: bytes, receipt: Receipt, plan_identity: bytes, plan: Plan) -> None:
+    packed: bytes = msgpack.packb(dict(plan.data), use_bin_type=True)
     with room.database.transaction():
-        kept = (identity + bytes([folder]), receipt.to_bytes())
-        room.database.run("INSERT OR REPLACE INTO merges VALUES (?, ?)", kept)
-        packed = msgpack.packb(dict(plan.data), use_bin_type=True)
-        room.database.run("INSERT OR REPLACE INTO plans VALUES (?, ?)", (identity, packed))
-        for table in ("merges", "plans"):
+        for table, name, data in (("merges", identity, receipt.to_bytes()), ("plans", plan_identity, packed)):
+            row = (name, hashlib.sha256(data).digest() + data)
+            room.database.run(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", row)
             newest = f"SELECT rowid FROM {table} ORDER BY rowid DESC LIMIT ?"
             room.database.run(f"DELETE FROM {table} WHERE rowid NOT IN ({newest})", (REMEMBERED_MAX,))

@@ -330,11 +330,11 @@ class Replica:
             InputError: the model cannot be read, changes meanwhile or holds NaN. MismatchError: it does not fit.
             NotAllowedError: the pool takes nothing from this key. StorageError: no room, or a failing disk.
         """
-        from crdtmerge.resolve.asking import said_role, said_text, said_weight
+        from crdtmerge.resolve.asking import said_role, said_stats, said_text, said_weight
 
         task, note = said_text("task", task, limits.NAME_BYTES_MAX), said_text("note", note, limits.NOTE_BYTES_MAX)
-        says = Says(said_weight(weight), said_role(role), task, stats or {}, note=note)
-        with Taking(self._room, self.genesis.recipe, self.genesis.architecture, threads, progress) as (intake, staging):
+        says = Says(said_weight(weight), said_role(role), task, said_stats(stats), note=note)
+        with Taking(self._room, self.genesis.recipe, self._room.architecture, threads, progress) as (intake, staging):
             taken = intake.take(model, "the model")
             staging.sync()
             op, new = self._room.group.run(lambda: self._write_add(taken, says, replaces, staging))
@@ -424,10 +424,11 @@ class Replica:
         return self._room.group.run(work)
 
     def set_recipe(self, recipe: Recipe) -> Op:
-        """Change the pool's recipe; its base stays. Raises NotAllowedError, UsageError."""
+        """Change the pool's recipe; base and allow_nonfinite stay. Raises NotAllowedError, UsageError."""
         from crdtmerge.resolve.asking import completed
 
         complete = completed(recipe, self.genesis.base)
+        complete.allow_nonfinite = complete.allow_nonfinite or self.genesis.recipe.allow_nonfinite
         return self._room.group.run(lambda: self._room.write(SetRecipe(complete.canonical())))
 
     def join(self, ops: Iterable[Op], manifests: Mapping[bytes, Manifest] | None = None) -> Joined:
@@ -440,12 +441,15 @@ class Replica:
         """Sign with another key from now on. Raises StorageError."""
         from crdtmerge.store.disk import failing
 
-        with self._room.database.transaction(), failing(self.folder):
-            temporary = self.folder / f".{KEY_NAME}.{secrets.token_hex(4)}"
-            key.save(temporary)
-            temporary.replace(self.folder / KEY_NAME)
+        coming = self._room.key_path(key.public)
+        with failing(self.folder):
+            if not coming.exists():
+                key.save(coming)
+        with self._room.database.transaction():
             self._room.database.keep("author", key.public)
             self._room.database.keep("incarnation", None)
+        with failing(self.folder):
+            coming.replace(self.folder / KEY_NAME)
 
     # ---- merging it
 
@@ -496,7 +500,7 @@ class Replica:
 
         with self._room.database.transaction():
             collected = collect(self._room.blobs, self._room.needed(), grace_seconds)
-            self._room.refresh_ready(self._room.ready() - set(self.opset.held()))
+            self._room.refresh_ready(self._room.ready() ^ set(self.opset.held()))
             return collected
 
     def fsck(self, *, mending: bool = False, progress: Progress = silent) -> Report:
@@ -551,8 +555,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     """A folder under another name, which takes its place when all went well. Raises OutputError."""
     from crdtmerge.store.disk import Disk, failing
 
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (links are not followed)
     staged = folder.with_name(f".{folder.name}.crdtmerge-{secrets.token_hex(4)}")
     try:
+        if os.path.exists(folder) and folder.samefile("."):  # noqa: PTH110 (a link that leads nowhere is no error here)
+            raise OutputError(f"{folder}: is the folder that you are in; name one that is to be made.")
         if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir())):
             raise OutputError(f"{folder}: exists and is not an empty folder; choose another place.")
         staged.mkdir(mode=0o700)

@@ -101,6 +101,14 @@ class Room:
         row = self.database.one("SELECT manifest FROM manifests WHERE content = ?", (content,))
         return None if row is None else Manifest.from_bytes(row[0])
 
+    @property
+    def architecture(self) -> Architecture | None:
+        """The pool's; of one that began in memory, that of what is here."""
+        if self.genesis.architecture is not None:
+            return self.genesis.architecture
+        row = self.database.one("SELECT manifest FROM manifests ORDER BY content LIMIT 1")
+        return Architecture.of(Manifest.from_bytes(row[0]).rows) if row else None
+
     def is_ready(self, content: bytes) -> bool:
         """Whether all tensors of a content are here."""
         return self.database.one("SELECT 1 FROM ready WHERE content = ?", (content,)) is not None
@@ -146,10 +154,7 @@ class Room:
         """Sign and take an operation of this replica's own. Raises NotAllowedError, OpError, MismatchError."""
         from crdtmerge.store.incarnation import Incarnation
 
-        incarnation = Incarnation(self.database, self.author)
-        current = incarnation.current()
-        op = self.opset.compose(self._own_key(), current, payload)
-        incarnation.written(current, op.seq)
+        op = self.opset.compose(self._own_key(), Incarnation(self.database, self.author).for_next(), payload)
         missing = self.opset.accept(op, manifest)
         assert missing is None, "an operation composed here lacks nothing"
         self._took([op], {})
@@ -161,16 +166,27 @@ class Room:
         added = {op.payload.content for op in [*ops, *waited] if isinstance(op.payload, Add)}
         silent = (one for one in added if one not in manifests and not self.opset.knows_content(one))
         known = {content: found for content in silent if (found := self.manifest(content)) is not None}
+        self._check_fit(added, manifests)
         joined = self.opset.join([*ops, *waited], {**manifests, **known})
         if waited:
             self.database.run_all("DELETE FROM waiting WHERE op = ?", [(op.id,) for op in joined.new])
         self._took(joined.new, manifests)
         return joined
 
+    def _check_fit(self, added: Iterable[bytes], manifests: Mapping[bytes, Manifest]) -> None:
+        """Raise MismatchError where contents do not fit, in a pool whose record does not say what they must fit."""
+        if self.genesis.architecture is not None:
+            return
+        known = self.architecture
+        for content in sorted(one for one in added if one in manifests):
+            theirs = Architecture.of(manifests[content].rows)
+            known = known or theirs
+            known.check(theirs, self.genesis.recipe, f"content {content.hex()[:16]}")
+
     def keep_manifest(self, manifest: Manifest) -> None:
         """Keep a manifest."""
         row = (manifest.id, manifest.to_bytes())
-        self.database.run("INSERT OR IGNORE INTO manifests VALUES (?, ?)", row)
+        self.database.run("INSERT OR REPLACE INTO manifests VALUES (?, ?)", row)
 
     def refresh_ready(self, contents: Iterable[bytes]) -> None:
         """Look again whether all tensors of some contents are here."""
@@ -189,18 +205,25 @@ class Room:
                 self.keep_manifest(manifests[op.payload.content])
                 self.refresh_ready([op.payload.content])
 
+    def key_path(self, public: bytes) -> Path:
+        """Where a key lies that is about to become this replica's."""
+        return self.folder / f"key-{public.hex()[:16]}.pem"
+
     def _own_key(self) -> Key:
-        if self._key is None or self._key.public != self.author:
-            path = self.folder / KEY_NAME
+        author = self.author
+        if self._key is None or self._key.public != author:
+            coming = self.key_path(author)  # a crash may have come between its arrival and its new name
+            path = coming if coming.exists() else self.folder / KEY_NAME
             try:
-                self._key = Key.load(path)
+                key = Key.load(path)
             except KeyFileError as fault:
                 raise KeyFileError(
                     f"{fault} Without its key nothing can be signed here: put the file back, or sign with another key "
                     "by `crdtmerge keys import`."
                 ) from None
-            if self._key.public != self.author:
-                raise ReplicaError(f"{self.folder / KEY_NAME}: is not this replica's key {self.author.hex()[:16]}.")
+            if key.public != author:
+                raise ReplicaError(f"{path}: is not this replica's key {author.hex()[:16]}.")
+            self._key = key
         return self._key
 
 

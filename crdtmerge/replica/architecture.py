@@ -61,7 +61,7 @@ class Architecture:
         }
         if list(tensors) != sorted(tensors):
             raise ValueError("tensors are not in the order of their names")
-        if any(is_id(one.fixed) == _float(one.dtype) or not is_id(one.fixed or bytes(32)) for one in tensors.values()):
+        if not all(one.fixed is None if _float(one.dtype) else is_id(one.fixed) for one in tensors.values()):
             raise ValueError("a tensor is fixed by a digest exactly if it is not of floats")
         return cls(tensors)
 

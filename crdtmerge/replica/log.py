@@ -24,6 +24,7 @@ The tables, by (key, member) -> value:
 from __future__ import annotations
 
 from crdtmerge.canonical import digest
+from crdtmerge.errors import UnknownOpError
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.members import Members, Past, Rank
 from crdtmerge.replica.op import Grant, Op, Remove, Retract, Revoke, SetRecipe
@@ -47,12 +48,12 @@ class Log:
         return self.tables.has("ops", identity)
 
     def op(self, identity: bytes) -> Op:
-        """An operation that is here. Raises KeyError."""
+        """An operation that is here. Raises UnknownOpError."""
         op = self._met.get(identity)
         if op is None:
             wire = self.tables.get("ops", identity)
             if wire is None:
-                raise KeyError(identity.hex())
+                raise UnknownOpError(f"operation {identity.hex()} is not here.")
             op = Op.stored(wire)
             self.meet(op)
         return op

@@ -102,7 +102,7 @@ class OpSet:
         return self.tables.has("ops", identity)
 
     def op(self, identity: bytes) -> Op:
-        """An operation that is here. Raises KeyError."""
+        """An operation that is here. Raises UnknownOpError, which is a KeyError."""
         return self._log.op(identity)
 
     def ops(self) -> Iterator[Op]:

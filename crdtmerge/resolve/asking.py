@@ -7,10 +7,10 @@ from decimal import Decimal
 from typing import Any
 
 from crdtmerge.canonical import complement, decimal
-from crdtmerge.errors import NeedsError, UsageError
+from crdtmerge.errors import NeedsError, OpError, UsageError
 from crdtmerge.numerics.dtypes import float_named
 from crdtmerge.recipe import Recipe
-from crdtmerge.replica.contribution import ROLES, Claim
+from crdtmerge.replica.contribution import ROLES, Claim, named
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
 
@@ -59,9 +59,24 @@ def said_role(role: str | None) -> str | None:
     return role
 
 
+def said_stats(stats: Mapping[str, bytes] | None) -> dict[str, bytes]:
+    """Statistics by name, as digests of 32 bytes. Raises UsageError."""
+    if stats is None:
+        return {}
+    if not isinstance(stats, Mapping):
+        raise UsageError(f"stats = {stats!a:.80}: a table of names and digests of 32 bytes is needed.")
+    try:
+        return named(dict(stats), "stats")
+    except (OpError, TypeError) as fault:
+        raise UsageError(f"{fault}: a table of names and digests of 32 bytes is needed.") from None
+
+
 def said_text(what: str, text: str | None, bytes_max: int) -> str | None:
     """A short text, None if it is unsaid. Raises UsageError."""
-    nbytes = len((text or "").encode("utf-8", "surrogatepass"))
+    try:
+        nbytes = len((text or "").encode())
+    except (AttributeError, UnicodeEncodeError):
+        raise UsageError(f"{what}: {text!a:.80} is no text.") from None
     if nbytes > bytes_max:
         raise UsageError(f"{what}: {nbytes} bytes; at most {bytes_max} are taken. Say it shorter.")
     return text or None

@@ -62,6 +62,8 @@ class Merge:
     ) -> None:
         """Raises UsageError, NeedsError, InputError and MismatchError, each before anything is written."""
         require_ieee()
+        if options.threads is not None and (type(options.threads) is not int or options.threads < 1):
+            raise UsageError(f"threads = {options.threads!r}: must be a number from 1 on.")
         recipe = with_dtype_named(recipe)
         self.strategy = registry.get(recipe.strategy)
         self.params: Filled[Any] = Filled(recipe.strategy, self.strategy.Params, recipe.params)

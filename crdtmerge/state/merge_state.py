@@ -35,7 +35,7 @@ from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import INCARNATION_BYTES, Add, Op, Payload, Remove, Retract, Unretract
 from crdtmerge.replica.opset import Hidden, OpSet
 from crdtmerge.replica.tables import MemoryTables
-from crdtmerge.resolve.asking import completed, refuse_version, said_role, said_text, said_weight
+from crdtmerge.resolve.asking import completed, refuse_version, said_role, said_stats, said_text, said_weight
 from crdtmerge.resolve.merge import Merged, into_memory
 from crdtmerge.resolve.merging import Options
 from crdtmerge.state.holdings import EMPTY, HeldSource, Holdings, Taken, from_bytes, taken, to_bytes
@@ -168,7 +168,7 @@ class MergeState:
         one = taken(model, "the model", self._genesis.recipe)
         _check_fits(one.manifest, self._holdings.manifests, self._genesis.recipe, "the model")
         task, note = said_text("task", task, limits.NAME_BYTES_MAX), said_text("note", note, limits.NOTE_BYTES_MAX)
-        says = Says(said_weight(weight), said_role(role), task, stats or {}, one.files or None, note)
+        says = Says(said_weight(weight), said_role(role), task, said_stats(stats), one.files or None, note)
         return self._signed(Add(one.manifest.id, says), one.holdings)
 
     def remove(self, content: bytes | str, reason: str | None = None) -> Self:
@@ -177,11 +177,11 @@ class MergeState:
         dots = sorted(op.id for op in self._set.live(content))
         if not dots:
             raise UsageError(f"contribution {content.hex()} is not in this state; there are {_ids(self.visible)}.")
-        return self._signed_in_pieces(Remove, dots, reason)
+        return self._signed_in_pieces(Remove, dots, said_text("reason", reason, limits.NOTE_BYTES_MAX))
 
     def retract(self, content: bytes | str, reason: str | None = None) -> Self:
         """Without a content, whatever is added concurrently or later."""
-        return self._signed(Retract(_content(content), reason))
+        return self._signed(Retract(_content(content), said_text("reason", reason, limits.NOTE_BYTES_MAX)))
 
     def unretract(self, content: bytes | str, reason: str | None = None) -> Self:
         """Ends the RETRACTs of a content that are known here. Raises UsageError if there is none."""
@@ -189,7 +189,7 @@ class MergeState:
         ones = sorted(op.id for op in self._set.retractions(content))
         if not ones:
             raise UsageError(f"contribution {content.hex()} is not retracted.")
-        return self._signed_in_pieces(Unretract, ones, reason)
+        return self._signed_in_pieces(Unretract, ones, said_text("reason", reason, limits.NOTE_BYTES_MAX))
 
     def join(self, other: MergeState | Delta) -> Self:
         """The union with another state, or with a delta. Raises MismatchError naming both if they cannot be joined."""
@@ -228,6 +228,8 @@ class MergeState:
 
     def delta_since(self, heads: Iterable[bytes]) -> Delta:
         """What a state with these heads lacks of this one, tensors included."""
+        if isinstance(heads, str) or not isinstance(heads, Iterable):
+            raise UsageError(f"heads = {heads!a:.80}: the heads of a state are needed.")
         ops = tuple(self._set.delta(heads))
         added = {op.payload.content for op in ops if isinstance(op.payload, Add)}
         manifests = {content: self._holdings.manifests[content] for content in added}
@@ -313,6 +315,8 @@ class MergeState:
     @classmethod
     def from_bytes(cls, data: bytes, *, key: Key | None = None) -> Self:
         """Read a state; every signature, rule and tensor is checked. Raises BundleError, HeaderError."""
+        if not isinstance(key, Key | None):
+            raise UsageError(f"key = {key!r}: a Key is needed.")
         contents, tensors = from_bytes(data)
         state = object.__new__(cls)
         state._key, state._genesis = key or Key.generate(), contents.genesis

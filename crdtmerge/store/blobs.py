@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crdtmerge import limits
-from crdtmerge.errors import ReplicaError, StorageError
+from crdtmerge.errors import DatabaseError, ReplicaError, StorageError
 from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.store.database import Database
 from crdtmerge.store.disk import Disk, failing
@@ -144,15 +144,18 @@ _SELECT = "SELECT digest, bytes, pieces, dtype, shape, nonfinite, inline FROM bl
 
 def _blob(row: tuple[Any, ...]) -> Blob:
     digest, nbytes, pieces, dtype, shape, nonfinite, inline = row
-    return Blob(
-        digest,
-        nbytes,
-        pieces,
-        None if dtype is None else DTYPES[dtype],
-        tuple(msgpack.unpackb(shape)) if shape else (),
-        tuple(msgpack.unpackb(nonfinite)) if nonfinite else None,
-        inline,
-    )
+    try:
+        return Blob(
+            digest,
+            nbytes,
+            pieces,
+            None if dtype is None else DTYPES[dtype],
+            tuple(msgpack.unpackb(shape)) if shape else (),
+            tuple(msgpack.unpackb(nonfinite)) if nonfinite else None,
+            inline,
+        )
+    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as fault:
+        raise DatabaseError(f"the row of a blob is damaged ({fault!s:.80}). Run `crdtmerge fsck --mend`.") from fault
 
 
 @dataclass
@@ -251,7 +254,7 @@ class Staging:
     def publish(self, quota: int | None) -> int:
         """Name and enter the new blobs, within a transaction; bytes that are new here. Raises StorageError.
 
-        A blob that is here already is kept as it is; one that was trash is taken back.
+        A blob that is here already counts as such, also one that was trash: it is taken back.
         """
         blobs, now = self._blobs, time.time()
         new = 0
@@ -260,6 +263,10 @@ class Staging:
             for blob, file in self._found.values():
                 row = blobs.database.one("SELECT state FROM blobs WHERE digest = ?", (blob.digest,))
                 there = row is not None and (blob.inline is not None or blobs.path(blob.digest).exists())
+                if file is not None and file.path is not None:  # also in the place of a damaged one
+                    path = blobs.path(blob.digest)
+                    self._disk.rename(file.path, path)
+                    folders.add(path.parent)
                 if there:
                     blobs.database.run(
                         "UPDATE blobs SET state = 'ready', touched = ? WHERE digest = ?", (now, blob.digest)
@@ -267,10 +274,6 @@ class Staging:
                     continue
                 if blob.inline is None and file is None:
                     raise StorageError(f"blob {blob.digest.hex()} vanished while it was about to be used; repeat that.")
-                if file is not None and file.path is not None:
-                    path = blobs.path(blob.digest)
-                    self._disk.rename(file.path, path)
-                    folders.add(path.parent)
                 _enter(blobs.database, blob, now)
                 new += blob.nbytes
             for folder in sorted(folders):

@@ -84,7 +84,7 @@ def _bytes(layout: Layout, small: Mapping[str, bytes], parts: Mapping[bytes, Par
             pieces.append(piece_digests(stretch))
             yield entry.begin + at, stretch
         if tensor_digest(part.dtype, part.shape, b"".join(pieces)) != digest:
-            raise ChangedError(f"{part.where}: its bytes are no longer those that were added. Add the model again.")
+            raise ChangedError(f"{part.where}: its bytes are no longer those that were added.")
 
 
 def to_bytes(contents: Contents, tensors: Iterable[Part]) -> bytes:

@@ -22,6 +22,7 @@ from crdtmerge.replica.opset import OpSet
 from crdtmerge.replica.tables import NAMES, MemoryTables
 from crdtmerge.store.blobs import Blobs, fault_in
 from crdtmerge.store.database import Database, SqliteTables
+from crdtmerge.store.disk import failing
 
 
 @dataclass
@@ -68,11 +69,17 @@ def mend(genesis: Genesis, database: Database, blobs: Blobs, report: Report) -> 
     joined = OpSet(genesis, SqliteTables(database)).join(ops, manifests)
     for op, _ in joined.waiting:
         database.run("INSERT OR REPLACE INTO waiting VALUES (?, ?)", (op.id, op.wire))
-    for digest in report.damaged:
-        database.run("DELETE FROM blobs WHERE digest = ?", (digest,))
-        blobs.disk.remove(blobs.path(digest))
-    for content in report.lost:
-        database.run("DELETE FROM ready WHERE content = ?", (content,))
+    for (content,) in database.rows("SELECT content FROM manifests"):
+        if content not in manifests:
+            database.run("DELETE FROM manifests WHERE content = ?", (content,))
+    with failing(blobs.folder):
+        for digest in report.damaged:
+            database.run("DELETE FROM blobs WHERE digest = ?", (digest,))
+            blobs.disk.remove(blobs.path(digest))
+    database.run("DELETE FROM ready")
+    here = _blobs_here(database)
+    ready = [(one,) for one, manifest in manifests.items() if all(row.digest in here for row in manifest.rows)]
+    database.run_all("INSERT INTO ready VALUES (?)", ready)
 
 
 def _manifests(database: Database, report: Report) -> Iterator[tuple[bytes, Manifest]]:
@@ -144,8 +151,12 @@ def _check_blobs(blobs: Blobs, report: Report, progress: Callable[[str, int, int
 
 def _check_contents(genesis: Genesis, database: Database, manifests: dict[bytes, Manifest], report: Report) -> None:
     """Which contents lack tensors that this replica had."""
-    here = {row[0] for row in database.rows("SELECT digest FROM blobs WHERE state = 'ready'")} - set(report.damaged)
-    ready = [row[0] for row in database.rows("SELECT content FROM ready")]
+    here = _blobs_here(database) - set(report.damaged)
+    ready = {row[0] for row in database.rows("SELECT content FROM ready")}
+    for content in OpSet(genesis, SqliteTables(database)).held():
+        manifest = manifests.get(content)
+        if content not in ready and manifest is not None and all(row.digest in here for row in manifest.rows):
+            report.faults.append(f"contribution {content.hex()} is here, but not marked as ready")
     for content in sorted({*ready, *([genesis.base] if genesis.base else [])}):
         manifest = manifests.get(content)
         if manifest is None:
@@ -154,3 +165,7 @@ def _check_contents(genesis: Genesis, database: Database, manifests: dict[bytes,
         lacks = [row.name for row in manifest.rows if row.digest not in here]
         if lacks:
             report.lost[content] = lacks
+
+
+def _blobs_here(database: Database) -> set[bytes]:
+    return {row[0] for row in database.rows("SELECT digest FROM blobs WHERE state = 'ready'")}

@@ -9,6 +9,7 @@ RULES
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Iterable
@@ -64,23 +65,19 @@ def _is_here(blobs: Blobs, digest: bytes) -> bool:
 
 
 def _remove_strays(blobs: Blobs, before: float, *, idle: bool) -> int:
-    """Remove what crashes left: staged folders when nothing runs, files in no row; how many."""
+    """Remove what crashes left: staged folders when nothing runs, blobs in no row; how many. Others' files stay."""
     strays = 0
     if idle:
         for staged in blobs.staged.iterdir():
             shutil.rmtree(staged, ignore_errors=True)
             strays += 1
-    for folder in sorted(blobs.folder.iterdir()):
-        for path in folder.iterdir():
-            if path.stat().st_mtime <= before and not _has_row(blobs, path.name):
-                blobs.disk.remove(path)
-                strays += 1
+    for path in sorted(blobs.folder.glob("[0-9a-f][0-9a-f]/*")):
+        ours = re.fullmatch("[0-9a-f]{64}", path.name) and path.is_file() and not path.is_symlink()
+        if ours and path.stat().st_mtime <= before and not _has_row(blobs, bytes.fromhex(path.name)):
+            blobs.disk.remove(path)
+            strays += 1
     return strays
 
 
-def _has_row(blobs: Blobs, name: str) -> bool:
-    try:
-        digest = bytes.fromhex(name)
-    except ValueError:
-        return False
+def _has_row(blobs: Blobs, digest: bytes) -> bool:
     return blobs.database.one("SELECT 1 FROM blobs WHERE digest = ?", (digest,)) is not None

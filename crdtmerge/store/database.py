@@ -119,12 +119,12 @@ class Database:
         self.run("SAVEPOINT part")
         try:
             yield
+            self.run("RELEASE part")
         except BaseException:
             if self.in_transaction:
                 self.run("ROLLBACK TO part")
                 self.run("RELEASE part")
             raise
-        self.run("RELEASE part")
 
     @contextmanager
     def snapshot(self) -> Iterator[None]:
@@ -140,27 +140,29 @@ class Database:
             yield
         finally:
             self._local.reading = False
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:
+                with self.failing():
+                    connection.execute("ROLLBACK")
 
     def run(self, statement: str, values: Sequence[Any] = ()) -> None:
         """Carry out a statement."""
         try:
             self._connection().execute(statement, values)
-        except sqlite3.DatabaseError as fault:
+        except _FAULTS as fault:
             raise self._failed(fault) from fault
 
     def run_all(self, statement: str, values: Sequence[Sequence[Any]]) -> None:
         """Carry out a statement for each of many rows of values."""
         try:
             self._connection().executemany(statement, values)
-        except sqlite3.DatabaseError as fault:
+        except _FAULTS as fault:
             raise self._failed(fault) from fault
 
     def one(self, statement: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
         """The first row, if there is one."""
         try:
             row: tuple[Any, ...] | None = self._connection().execute(statement, values).fetchone()
-        except sqlite3.DatabaseError as fault:
+        except _FAULTS as fault:
             raise self._failed(fault) from fault
         return row
 
@@ -168,7 +170,7 @@ class Database:
         """All rows."""
         try:
             return self._connection().execute(statement, values).fetchall()
-        except sqlite3.DatabaseError as fault:
+        except _FAULTS as fault:
             raise self._failed(fault) from fault
 
     def meta(self, name: str) -> Any:
@@ -199,11 +201,11 @@ class Database:
         """Turn SQLite's errors into ours."""
         try:
             yield
-        except sqlite3.DatabaseError as fault:
+        except _FAULTS as fault:
             raise self._failed(fault) from fault
 
-    def _failed(self, fault: sqlite3.DatabaseError) -> ReplicaError | StorageError:
-        if "malformed" in str(fault) or "not a database" in str(fault):
+    def _failed(self, fault: Exception) -> ReplicaError | StorageError:
+        if isinstance(fault, UnicodeDecodeError) or "malformed" in str(fault) or "not a database" in str(fault):
             return DatabaseError(
                 f"{self.path}: is damaged ({fault}). What this replica shared is on its peers: begin a new one with "
                 "`crdtmerge init --from`, and give it this one's key.pem with `crdtmerge keys import`."
@@ -216,16 +218,24 @@ class Database:
     def _connection(self) -> sqlite3.Connection:
         found: sqlite3.Connection | None = getattr(self._local, "connection", None)
         if found is None:
-            found = sqlite3.connect(
-                self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=256
-            )
+            with self.failing():
+                found = sqlite3.connect(
+                    self.path,
+                    timeout=BUSY_SECONDS,
+                    isolation_level=None,
+                    check_same_thread=False,
+                    cached_statements=256,
+                )
+                for setting in ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536"):
+                    found.execute(f"PRAGMA {setting}")
             self._local.connection = found
             with self._lock:
                 self._connections.append(found)
-            found.execute("PRAGMA journal_mode = WAL")
-            found.execute("PRAGMA synchronous = FULL")
-            found.execute("PRAGMA cache_size = -65536")
         return found
+
+
+_FAULTS = (sqlite3.DatabaseError, UnicodeDecodeError)
+"""What SQLite raises; the second from damaged texts."""
 
 
 def _table(name: str) -> str:
@@ -299,7 +309,12 @@ def _packed(value: Any) -> bytes | None:
 
 
 def _read(table: str, value: bytes | None) -> Any:
-    return value if table in RAW or value is None else msgpack.unpackb(value, use_list=False, strict_map_key=False)
+    if table in RAW or value is None:
+        return value
+    try:
+        return msgpack.unpackb(value, use_list=False, strict_map_key=False)
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as fault:
+        raise DatabaseError(f"a row of the table {table} is damaged. Run `crdtmerge fsck --mend`.") from fault
 
 
 def refuse_network(folder: Path) -> None:

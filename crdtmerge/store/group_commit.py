@@ -47,7 +47,9 @@ class GroupCommit:
                     try:
                         with self._database.savepoint():
                             result = work()
-                    except BaseException as fault:  # noqa: BLE001 - it is raised where the work came from
+                    except BaseException as fault:
+                        if not self._database.in_transaction:
+                            raise  # SQLite gave up the whole of it: what went before did not happen either
                         done.append((future, None, fault))
                     else:
                         done.append((future, result, None))

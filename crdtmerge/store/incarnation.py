@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 from pathlib import Path
 
@@ -28,34 +29,39 @@ class Incarnation:
     def __init__(self, database: Database, author: bytes) -> None:
         self._database, self._author = database, author
 
-    def current(self) -> bytes:
-        """The incarnation to write under now."""
+    def for_next(self) -> bytes:
+        """The incarnation for the next operation. That it comes is remembered in the second place first.
+
+        Where that cannot be written, it must not speak of an incarnation that goes on: a new one is drawn, every time.
+        """
         known: bytes | None = self._database.meta("incarnation")
-        if known is None or self._database.meta("place") != _place(self._database.path):
-            return self._renew(new_name=True)
+        if known is None or self._database.meta("place") != _place(self._database.path) or not self._name():
+            return self._renewed(new_name=True)
         tip = self._tip(known)
         remembered = self._remembered()
-        if remembered is None or remembered[0] != known or remembered[1] > tip:
-            return self._renew(new_name=False)
-        return known
+        fits = remembered is not None and remembered[0] == known and remembered[1] <= tip
+        return known if fits and self._remember(known, tip + 1) else self._renewed(new_name=False)
 
-    def written(self, incarnation: bytes, seq: int) -> None:
-        """Remember that an operation with this number is about to be committed."""
-        path = self._second_place()
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
-            temporary.write_text(f"{incarnation.hex()} {seq}\n")
-            temporary.replace(path)
-
-    def _renew(self, *, new_name: bool) -> bytes:
+    def _renewed(self, *, new_name: bool) -> bytes:
         incarnation = secrets.token_bytes(INCARNATION_BYTES)
         self._database.keep("incarnation", incarnation)
         self._database.keep("place", _place(self._database.path))
         if new_name:
             self._database.keep("name", secrets.token_hex(16))
-        self.written(incarnation, 0)
+        self._remember(incarnation, 1)
         return incarnation
+
+    def _remember(self, incarnation: bytes, seq: int) -> bool:
+        """Write the second place; whether that worked."""
+        path = self._second_place()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+            temporary.write_text(f"{incarnation.hex()} {seq}\n")
+            temporary.replace(path)
+        except OSError:
+            return False
+        return True
 
     def _tip(self, incarnation: bytes) -> int:
         row = self._database.one(
@@ -72,9 +78,12 @@ class Incarnation:
             return None
 
     def _second_place(self) -> Path:
+        return state_folder() / "replicas" / self._name()
+
+    def _name(self) -> str:
+        """What the second place calls this replica; empty before it has a name, or where that is damaged."""
         name = self._database.meta("name")
-        assert isinstance(name, str), "a replica that writes has a name"
-        return state_folder() / "replicas" / name
+        return name if isinstance(name, str) and re.fullmatch("[0-9a-f]{32}", name) else ""
 
 
 def state_folder() -> Path:

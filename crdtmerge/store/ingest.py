@@ -60,7 +60,9 @@ class Intake:
             if isinstance(model, Mapping):
                 state = StateDict(model, label)
                 self._check(state.entries, label)
-                return self._taken(state.entries, state.digest(workers, self._staging), {}, [], lambda name: label)
+                return self._taken(
+                    state.entries, state.digest(workers, self._staging), {}, [], lambda name: label, label
+                )
         raise UsageError(f"{label} is {type(model).__name__}; a path or a mapping of names to tensors is needed.")
 
     def _take_files(self, path: Path, workers: Workers) -> Ingested:
@@ -69,7 +71,9 @@ class Intake:
             carried, notes = carried_files(checkpoint.folder) if checkpoint.folder else ({}, [])
             files = {name: self._staging.file(data) for name, data in carried.items()}
             facts = self._read(checkpoint, workers)
-            taken = self._taken(checkpoint.entries, facts, files, [*checkpoint.notes, *notes], checkpoint.where)
+            taken = self._taken(
+                checkpoint.entries, facts, files, [*checkpoint.notes, *notes], checkpoint.where, str(path)
+            )
             return taken._replace(nbytes=taken.nbytes + sum(map(len, carried.values())))
 
     def _read(self, checkpoint: Checkpoint, workers: Workers) -> dict[str, Facts]:
@@ -116,10 +120,13 @@ class Intake:
         files: dict[str, bytes],
         notes: list[str],
         where: Callable[[str], str],
+        label: str,
     ) -> Ingested:
         if not self._recipe.allow_nonfinite:
             refuse_nonfinite(facts, self._recipe.excludes, where, POOL_ANYWAY)
         rows = sorted(Row(name, entry.dtype.name, entry.shape, facts[name].digest) for name, entry in entries.items())
+        if self._architecture is not None:
+            self._architecture.check(Architecture.of(rows), self._recipe, label)
         return Ingested(Manifest(tuple(rows)), files, sum(entry.nbytes for entry in entries.values()), notes)
 
 

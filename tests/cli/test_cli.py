@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +24,11 @@ from crdtmerge.strategies import registry
 from tests.resolve import models
 from tests.resolve.running import ROOT, Ran, environment, here, process, program
 
-COMMANDS = ("merge", "verify", "inspect", "strategies")
+COMMANDS = (
+    *("merge", "verify", "inspect", "strategies", "init", "add", "remove", "retract", "status", "log", "show"),
+    *("resolve", "recipe", "export", "import", "fsck", "gc"),
+    *("keys show", "keys import", "keys grant", "keys revoke"),
+)
 HEX = set("0123456789abcdef")
 
 
@@ -375,20 +381,42 @@ def told(*arguments: str) -> str:
     return ran.out
 
 
+def commands(group: Any) -> dict[str, Any]:
+    """The commands of a group and of the groups in it, by the words that call them."""
+    found = {}
+    for name, command in group.commands.items():
+        below = commands(command) if hasattr(command, "commands") else {"": command}
+        found |= {f"{name} {rest}".strip(): one for rest, one in below.items()}
+    return found
+
+
+ALL = commands(typer.main.get_command(app))
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_lists_every_option_with_words(command: str) -> None:
-    text = told(command, "--help")
-    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
+    text = told(*command.split(), "--help")
+    found = ALL[command]
     for parameter in found.params:
         assert all(option in text for option in parameter.opts if option.startswith("-")), parameter.name
     assert found.help.splitlines()[0] in " ".join(text.split()) or found.help.splitlines()[0] in text
-    assert told(command, "-h") == text
+    assert told(*command.split(), "-h") == text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_ends_with_an_example_that_it_takes(command: str) -> None:
+    found = ALL[command]
+    example = shlex.split(found.epilog.removeprefix("Example: "))
+    words = command.split()
+    assert example[: len(words) + 1] == ["crdtmerge", *words]
+    assert found.make_context(command, example[len(words) + 1 :]).params
 
 
 def test_the_help_of_the_program_lists_every_command() -> None:
-    text = told("--help")
-    assert all(command in text for command in COMMANDS)
-    assert set(COMMANDS) | {"demo"} == set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    text, keys = told("--help"), told("keys", "--help")
+    assert all(command.split()[0] in text for command in COMMANDS)
+    assert all(command.split()[1] in keys for command in COMMANDS if command.startswith("keys "))
+    assert {*COMMANDS, "demo"} == set(ALL)
 
 
 UNSAID = {"threads of verify"}
@@ -396,8 +424,7 @@ UNSAID = {"threads of verify"}
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_says_what_it_is(command: str) -> None:
-    found = typer.main.get_command(app).commands[command]  # type: ignore[attr-defined]
-    silent = {f"{p.name} of {command}" for p in found.params if not getattr(p, "help", "x") and p.name != "help"}
+    silent = {f"{p.name} of {command}" for p in ALL[command].params if not getattr(p, "help", "x") and p.name != "help"}
     assert silent <= UNSAID
 
 

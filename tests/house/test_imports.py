@@ -23,6 +23,7 @@ ROOMS = (
     ("resolve",),
     ("store",),
     ("state", "pool"),
+    ("gossip",),
     ("testing",),
     ("cli",),
 )

@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from crdtmerge import limits
-from crdtmerge.errors import NotAllowedError, OpError, PoolMismatchError
-from crdtmerge.replica.contribution import Says
+from crdtmerge.errors import MismatchError, NotAllowedError, OpError, PoolMismatchError
+from crdtmerge.recipe import Recipe
+from crdtmerge.replica.architecture import Architecture
+from crdtmerge.replica.contribution import Manifest, Row, Says
+from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import Add, Op, Payload, Remove, Retract, SetRecipe, signed
 from crdtmerge.replica.opset import Missing, OpSet
 from crdtmerge.replica.tables import MemoryTables
@@ -218,6 +221,25 @@ def test_a_content_of_another_architecture_or_kind_is_refused() -> None:
     joined = one.join([one.compose(KEYS[0], INCARNATION, Add(MISFIT.id))], {MISFIT.id: MISFIT})
     assert len(joined.refused) == 1
     assert len(one) == 0
+
+
+@pytest.mark.parametrize("dtype", ["I64", "U8", "BOOL"])
+def test_a_content_whose_integers_differ_is_refused_though_its_floats_may(dtype: str) -> None:
+    def content(floats: bytes, integers: bytes) -> Manifest:
+        return Manifest((Row("at", dtype, (4,), integers * 32), Row("w", "F32", (2, 3), floats * 32)))
+
+    def door(recipe: Recipe) -> OpSet:
+        architecture = Architecture.of(content(b"a", b"a").rows)
+        return OpSet(Genesis(recipe, architecture, curators=(KEYS[0].public,)), MemoryTables())
+
+    other, misfit = content(b"b", b"a"), content(b"b", b"b")
+    one = door(Recipe.of("linear", {}, version=1))
+    assert one.accept(one.compose(KEYS[0], INCARNATION, Add(other.id)), other) is None
+    with pytest.raises(MismatchError, match=rf"'at' \({dtype}\) differs"):
+        one.accept(one.compose(KEYS[0], INCARNATION, Add(misfit.id)), misfit)
+    assert [entry.id for entry in one.visible()] == [other.id]
+    lenient = door(Recipe("linear", version=1, exclude=["at"]))
+    assert lenient.accept(lenient.compose(KEYS[0], INCARNATION, Add(misfit.id)), misfit) is None
 
 
 def test_two_adds_of_one_content_are_one_element_of_its_own_weight() -> None:

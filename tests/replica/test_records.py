@@ -15,7 +15,7 @@ from crdtmerge import limits
 from crdtmerge.canonical import pack
 from crdtmerge.errors import InputError, PoolMismatchError
 from crdtmerge.recipe import Recipe
-from crdtmerge.replica.architecture import Architecture
+from crdtmerge.replica.architecture import Architecture, Tensor
 from crdtmerge.replica.contribution import Manifest, Row
 from crdtmerge.replica.genesis import Genesis
 from tests.replica.pools import KEYS, POOLS, pool
@@ -30,7 +30,9 @@ manifests = st.one_of(
     st.builds(Manifest, sorted_rows),
     st.builds(Manifest, sorted_rows, st.sampled_from(["delta", "adapter", "partial"]), ids),
 )
-tensors = st.dictionaries(names, st.tuples(st.sampled_from(["F32", "BF16", "I64"]), shapes), max_size=4)
+floats = st.builds(Tensor, st.sampled_from(["F32", "BF16", "F8_E4M3"]), shapes, st.none())
+others = st.builds(Tensor, st.sampled_from(["I64", "U8", "BOOL"]), shapes, ids)
+tensors = st.dictionaries(names, floats | others, max_size=4)
 architectures = st.none() | tensors.map(lambda found: Architecture(dict(sorted(found.items()))))
 recipes = st.builds(
     lambda base, seed, exclude, dtype: Recipe(
@@ -100,6 +102,11 @@ def recipe(**changed: Any) -> bytes:
     return genesis(recipe=pool(1).recipe.canonical() | changed)
 
 
+def architecture(*rows: list[Any]) -> bytes:
+    """One with another architecture."""
+    return genesis(architecture=list(rows))
+
+
 def manifest(*rows: list[Any], **changed: Any) -> bytes:
     """A manifest with other fields."""
     return pack({"kind": "full", "base": None, "rows": list(rows)} | changed)
@@ -107,6 +114,7 @@ def manifest(*rows: list[Any], **changed: Any) -> bytes:
 
 SMALL = bytes(32)
 ROW = ["w", "F32", [2], A]
+TENSOR = ["w", "F32", [2], None]
 REFUSED_RECORDS: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
     "trailing bytes": lambda: genesis() + b"\0",
@@ -135,17 +143,27 @@ REFUSED_RECORDS: dict[str, Callable[[], bytes]] = {
     "a seed that is too large": lambda: recipe(seed="18446744073709551616"),
     "a base that is no hexadecimal": lambda: recipe(base="xy"),
     "globs in another order": lambda: recipe(exclude=["b", "a"]),
-    "an architecture of pairs": lambda: genesis(architecture=[["w", "F32"]]),
-    "a tensor twice": lambda: genesis(architecture=[["w", "F32", [1]], ["w", "F32", [1]]]),
+    "an architecture of pairs": lambda: architecture(["w", "F32"]),
+    "an architecture without digests": lambda: architecture(["w", "F32", [1]]),
+    "floats with a digest": lambda: architecture(["w", "F32", [1], A]),
+    "integers without a digest": lambda: architecture(["w", "I64", [1], None]),
+    "integers with a digest of 31 bytes": lambda: architecture(["w", "I64", [1], A[:31]]),
+    "integers with a digest of no bytes": lambda: architecture(["w", "I64", [1], b""]),
+    "bools with a digest in hexadecimal": lambda: architecture(["w", "BOOL", [1], "a" * 32]),
+    "a tensor twice": lambda: architecture(TENSOR, TENSOR),
 }
 UNCHECKED: dict[str, Callable[[], bytes]] = {
-    "tensors whose names are numbers": lambda: genesis(architecture=[[5, "F32", [1]]]),
-    "tensors of no dtype": lambda: genesis(architecture=[["w", None, [1]]]),
-    "shapes of texts": lambda: genesis(architecture=[["w", "F32", ["x"]]]),
-    "shapes below zero": lambda: genesis(architecture=[["w", "F32", [-1]]]),
-    "tensors in another order": lambda: genesis(architecture=[["b", "F32", [1]], ["a", "F32", [1]]]),
+    "tensors whose names are numbers": lambda: architecture([5, *TENSOR[1:]]),
+    "tensors of no dtype": lambda: architecture(["w", None, [1], None]),
+    "shapes of texts": lambda: architecture(["w", "F32", ["x"], None]),
+    "shapes below zero": lambda: architecture(["w", "F32", [-1], None]),
+    "tensors in another order": lambda: architecture(["b", *TENSOR[1:]], ["a", *TENSOR[1:]]),
     "a base of two bytes": lambda: recipe(base="abcd"),
     "nested parameters": lambda: recipe(params={"x": nested(300)}),
+}
+TAKEN: dict[str, Callable[[], bytes]] = {
+    "floats with a digest of no bytes": lambda: architecture(["w", "F32", [1], b""]),
+    "floats with a digest that is false": lambda: architecture(["w", "F32", [1], False]),
 }
 REFUSED_MANIFESTS: dict[str, Callable[[], bytes]] = {
     "nothing": lambda: b"",
@@ -179,6 +197,13 @@ UNCHECKED_MANIFESTS: dict[str, Callable[[], bytes]] = {
 }
 
 
+def test_the_records_that_others_differ_from_are_taken() -> None:
+    assert Genesis.from_bytes(genesis()) == pool(1)
+    found = Genesis.from_bytes(architecture(["i", "I64", [2], A], TENSOR)).architecture
+    assert found == Architecture({"i": Tensor("I64", (2,), A), "w": Tensor("F32", (2,), None)})
+    assert Manifest.from_bytes(manifest(ROW)).rows == (Row("w", "F32", (2,), A),)
+
+
 @pytest.mark.parametrize("what", REFUSED_RECORDS)
 def test_no_genesis_record_with(what: str) -> None:
     with pytest.raises(InputError):
@@ -195,6 +220,12 @@ def test_no_manifest_with(what: str) -> None:
 def test_no_genesis_record_either_with(what: str) -> None:
     with pytest.raises(InputError):
         Genesis.from_bytes(UNCHECKED[what]())
+
+
+@pytest.mark.parametrize("what", TAKEN)
+def test_nor_with(what: str) -> None:
+    with pytest.raises(InputError):
+        Genesis.from_bytes(TAKEN[what]())
 
 
 @pytest.mark.parametrize("what", UNCHECKED_MANIFESTS)
