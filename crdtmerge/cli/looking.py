@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from crdtmerge.cli.console import emit, quoted, tell
+from crdtmerge.cli.console import emit, many_values, quoted, tell
 from crdtmerge.cli.history import line_of, tell_line
 from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, counted, short, size
 
@@ -22,12 +22,12 @@ def status(pool: PoolFolder = HERE, as_json: AsJson = False) -> None:
     """Print what the pool's set holds: what is visible, and what is hidden and why."""
     from crdtmerge.pool.replica import Replica
 
-    with Replica.open(pool) as replica, replica.snapshot():
+    with many_values(), Replica.open(pool) as replica, replica.snapshot():
         report = _status(replica)
-        if not as_json:
+        if as_json:
+            emit(report, compact=True)
+        else:
             _print_status(replica, report)
-    if as_json:
-        emit(report, compact=True)
 
 
 def _status(replica: Replica) -> dict[str, Any]:
@@ -44,21 +44,23 @@ def _status(replica: Replica) -> dict[str, Any]:
         "state_root": replica.state_root.hex(),
         "recipe": replica.recipe.canonical(),
         "ops": len(opset),
-        "visible": [_entry(entry) | {"ready": entry.id in ready} for entry in replica.visible],
+        "visible": [_entry(entry, entry.id in ready) for entry in replica.visible],
         "hidden": sorted(hidden, key=lambda one: one["id"]),
         "forks": [{"key": key.hex(), "ops": [op.hex() for op in ops]} for key, ops in forks],
     }
 
 
-def _entry(entry: Entry) -> dict[str, Any]:
+def _entry(entry: Entry, ready: bool) -> dict[str, Any]:
+    claim = entry.claim
     return {
         "id": entry.id.hex(),
-        "weight": str(entry.weight),
-        "role": entry.role,
-        "task": entry.claim.task,
+        "weight": str(claim.weight),
+        "role": claim.role,
+        "task": claim.task,
         "kind": entry.kind,
         "adders": [key.hex() for key in entry.adders],
         "note": entry.note,
+        "ready": ready,
     }
 
 
@@ -148,7 +150,7 @@ def _content(replica: Replica, content: bytes) -> dict[str, Any]:
     dtypes = sorted({row.dtype for row in manifest.rows}) if manifest else []
     return {
         "id": content.hex(),
-        **({name: value for name, value in _entry(entry).items() if name != "id"} if entry else {}),
+        **({name: value for name, value in _entry(entry, True).items() if name not in ("id", "ready")} if entry else {}),
         "hidden": f"{hidden.why} by operation {short(hidden.by)}" if hidden else None,
         "ready": replica.is_ready(content),
         "tensors": len(manifest.rows) if manifest else None,

@@ -11,8 +11,10 @@ from crdtmerge.canonical import decimal_text
 from crdtmerge.replica.contribution import Claim, leaf
 from crdtmerge.replica.op import Add, Op
 
+_ONE = Decimal(1)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Entry:
     """A visible content: its id, claim, kind, carried files and note, and the keys of those who added it."""
 
@@ -51,7 +53,8 @@ class Entry:
     def of_value(cls, identity: bytes, value: tuple[Any, ...]) -> Entry:
         """The entry of a table's value."""
         weight, role, task, stats, kind, adders, files, note = value
-        return cls(identity, Claim(Decimal(weight), role, task, dict(stats)), kind, tuple(adders), dict(files), note)
+        exact = _ONE if weight == "1" else Decimal(weight)
+        return cls(identity, Claim(exact, role, task, dict(stats)), kind, adders, dict(files), note)
 
 
 def spoken_of(content: bytes, kind: str, adds: Iterable[Op]) -> Entry:

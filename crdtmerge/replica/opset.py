@@ -96,7 +96,7 @@ class OpSet:
         return self.genesis.id
 
     def __len__(self) -> int:
-        return self.tables.count("ops")
+        return self.tables.count("order")  # the shortest rows of those with one for each operation
 
     def __contains__(self, identity: bytes) -> bool:
         return self.tables.has("ops", identity)

@@ -25,6 +25,8 @@ APPLICATION_ID = 0x43524D47
 
 SCHEMA = 1
 BUSY_SECONDS = 60.0
+SETTINGS = ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536", "wal_autocheckpoint = 8000")
+"""Every commit is synced; 64 MiB of pages are remembered, 32 MiB of log are gathered before they move to the file."""
 NAME = "pool.sqlite"
 
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "9p", "fuse.sshfs", "glusterfs", "lustre"})
@@ -226,7 +228,7 @@ class Database:
                     check_same_thread=False,
                     cached_statements=256,
                 )
-                for setting in ("journal_mode = WAL", "synchronous = FULL", "cache_size = -65536"):
+                for setting in SETTINGS:
                     found.execute(f"PRAGMA {setting}")
             self._local.connection = found
             with self._lock:
