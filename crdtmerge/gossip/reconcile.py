@@ -204,6 +204,8 @@ def pack(ranges: Ranges) -> bytes:
 def unpack(data: bytes) -> Ranges:
     """Read a message. Raises InputError for anything that is none."""
     try:
+        if len(data) > MESSAGE_BYTES_MAX:
+            raise ValueError(f"{len(data)} bytes, at most {MESSAGE_BYTES_MAX} are read")
         rows = msgpack.unpackb(data)
         if not isinstance(rows, list) or len(rows) > RANGES_MAX:
             raise ValueError(f"no list of at most {RANGES_MAX} ranges")

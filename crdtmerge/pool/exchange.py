@@ -36,8 +36,9 @@ def export(room: Room, path: Path, since: Sequence[bytes]) -> int:
         base = [room.genesis.base] if room.genesis.base and not since else []
         manifests = {one: manifest for one in [*added, *base] if (manifest := room.manifest(one)) is not None}
         held = [one for one in room.opset.held() if one in added and room.is_ready(one)] + base
-        entries = [entry for one in held if (entry := room.opset.entry(one)) is not None]
-    names = {digest for entry in entries for digest in entry.files.values()}
+        attached = room.opset.attached()
+    says = [op.payload.says for op in ops if isinstance(op.payload, Add)]
+    names = {digest for one in says for digest in (one.files or {}).values()} & attached
     names |= set() if since else set(room.genesis.files.values())
     digests = sorted({row.digest for one in held for row in manifests[one].rows})
     with Lease(room.database) as lease:

@@ -16,7 +16,7 @@ from crdtmerge.errors import InputError, KeyFileError, OutputError, ReplicaError
 from crdtmerge.keys import Key
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.architecture import Architecture
-from crdtmerge.replica.contribution import Manifest, Says
+from crdtmerge.replica.contribution import Manifest
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import Add, Op, Payload
 from crdtmerge.replica.opset import Joined, OpSet
@@ -142,11 +142,8 @@ class Room:
         held = self.opset.held()
         contents = [*held, *([self.genesis.base] if self.genesis.base else [])]
         manifests = [manifest for content in contents if (manifest := self.manifest(content)) is not None]
-        needed = {row.digest for manifest in manifests for row in manifest.rows} | set(self.genesis.files.values())
-        for op in (op for content in held for op in self.opset.live(content)):
-            says = op.payload.says if isinstance(op.payload, Add) else Says()
-            needed |= {*(says.files or {}).values(), *says.stats.values()}
-        return needed
+        tensors = {row.digest for manifest in manifests for row in manifest.rows}
+        return tensors | set(self.genesis.files.values()) | self.opset.attached()
 
     # ---- within a transaction
 

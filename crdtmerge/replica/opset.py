@@ -188,6 +188,12 @@ class OpSet:
         """The contents with a live dot, visible or retracted: those whose tensors must be kept."""
         return sorted({key for key, _, _ in self.tables.every("live")})
 
+    def attached(self) -> set[bytes]:
+        """The files and statistics that live ADDs speak of, also of retracted contents: they may show again."""
+        live = (op.payload for content in self.held() for op in self.live(content))
+        says = [add.says for add in live if isinstance(add, Add)]
+        return {digest for one in says for digest in (*(one.files or {}).values(), *one.stats.values())}
+
     def live(self, content: bytes) -> list[Op]:
         """The live ADDs of a content."""
         return [self.op(dot) for dot, _ in self.tables.members("live", content)]

@@ -81,12 +81,12 @@ class MergeState:
         self._base = base.manifest if base else None
         self._holdings = base.holdings if base else EMPTY
 
-    def _with(self, changed: OpSet, holdings: Holdings, key: Key | None = None) -> Self:
+    def _with(self, changed: OpSet, holdings: Holdings) -> Self:
         """A value of the same pool. Holdings that nothing needs any more are left out."""
         other = object.__new__(type(self))
-        other._key, other._genesis, other._base, other._set = key or self._key, self._genesis, self._base, changed
+        other._key, other._genesis, other._base, other._set = self._key, self._genesis, self._base, changed
         needed = [*changed.held(), *([self._base.id] if self._base else [])]
-        other._holdings = holdings.only(needed, _files_of(changed) | set(self._genesis.files.values()))
+        other._holdings = holdings.only(needed, changed.attached() | set(self._genesis.files.values()))
         return other
 
     def _copied(self) -> OpSet:
@@ -166,7 +166,7 @@ class MergeState:
             UsageError: a weight that is no number, an unknown role.
         """
         one = taken(model, "the model", self._genesis.recipe)
-        _check_fits(one.manifest, self._holdings.manifests, self._genesis.recipe, "the model")
+        _check_fits(one.manifest, _architectures(self._holdings.manifests.values()), self._genesis.recipe, "the model")
         task, note = said_text("task", task, limits.NAME_BYTES_MAX), said_text("note", note, limits.NOTE_BYTES_MAX)
         says = Says(said_weight(weight), said_role(role), task, said_stats(stats), one.files or None, note)
         return self._signed(Add(one.manifest.id, says), one.holdings)
@@ -200,10 +200,11 @@ class MergeState:
         ops = other._set.delta(self.heads) if isinstance(other, MergeState) else other.ops
         holdings = other._holdings if isinstance(other, MergeState) else other.holdings
         together = {**holdings.manifests, **self._holdings.manifests}
+        architectures = _architectures(together.values())
         for content in sorted(holdings.manifests.keys() - self._holdings.manifests.keys()):
             _check_fits(
                 holdings.manifests[content],
-                together,
+                architectures,
                 self._genesis.recipe,
                 f"content {content.hex()[:16]} of the other state",
             )
@@ -334,32 +335,29 @@ class MergeState:
         return state._with(changed, state._holdings)
 
     def _check_whole(self) -> None:
-        """Raise BundleError unless every live content and file is here, and all contents fit each other."""
-        holdings = self._holdings
+        """Raise BundleError unless the tensors of every live content are here, and all contents fit each other."""
+        holdings, architectures = self._holdings, _architectures(self._holdings.manifests.values())
         for content in [*self._set.held(), *([self._base.id] if self._base else [])]:
             manifest = holdings.manifests[content]
             if any(row.digest not in holdings.tensors for row in manifest.rows):
                 raise BundleError(f"the state: tensors of contribution {content.hex()} are not in it.")
             try:
-                _check_fits(manifest, holdings.manifests, self._genesis.recipe, f"contribution {content.hex()[:16]}")
+                _check_fits(manifest, architectures, self._genesis.recipe, f"contribution {content.hex()[:16]}")
             except MismatchError as fault:
                 raise BundleError(f"the state: {fault}") from None
 
 
-def _check_fits(manifest: Manifest, others: Mapping[bytes, Manifest], recipe: Recipe, where: str) -> None:
+def _architectures(manifests: Iterable[Manifest]) -> list[Architecture]:
+    """The different architectures of some models; nearly always it is one."""
+    found = {one.id: one for one in (Architecture.of(manifest.rows) for manifest in manifests)}
+    return [found[identity] for identity in sorted(found)]
+
+
+def _check_fits(manifest: Manifest, others: Iterable[Architecture], recipe: Recipe, where: str) -> None:
     """Raise MismatchError unless a model fits all others."""
-    theirs, mine = Architecture.of(manifest.rows), dict[bytes, Architecture]()
-    for one in others.values():
-        architecture = Architecture.of(one.rows)
-        mine[architecture.id] = architecture
-    for _, architecture in sorted(mine.items()):
+    theirs = Architecture.of(manifest.rows)
+    for architecture in others:
         architecture.check(theirs, recipe, where)
-
-
-def _files_of(opset: OpSet) -> set[bytes]:
-    """The files that live ADDs speak of, visible or not."""
-    live = (op.payload for content in opset.held() for op in opset.live(content))
-    return {digest for add in live if isinstance(add, Add) for digest in (add.says.files or {}).values()}
 
 
 def _content(content: bytes | str) -> bytes:

@@ -285,10 +285,6 @@ class Staging:
             )
         return new
 
-    def digests(self) -> list[bytes]:
-        """What was staged."""
-        return sorted(self._found)
-
     def _file(self, name: str, nbytes: int) -> _File:
         with self._lock:
             if name not in self._files:

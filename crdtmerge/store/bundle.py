@@ -10,6 +10,7 @@ Equal states give equal bundles to the byte.
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.replica.contribution import Manifest
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import Op
+from crdtmerge.weights.descriptors import bytes_of
 from crdtmerge.weights.digests import piece_digests, tensor_digest
 from crdtmerge.weights.header import LENGTH_BYTES, Entry, header_length, parse_header
 from crdtmerge.weights.layout import Layout, Tensor, plan_output
@@ -89,11 +91,12 @@ def _bytes(layout: Layout, small: Mapping[str, bytes], parts: Mapping[bytes, Par
 
 def to_bytes(contents: Contents, tensors: Iterable[Part]) -> bytes:
     """A bundle in memory."""
-    size, stretches = write(contents, tensors)
-    data = bytearray(size)
+    _, stretches = write(contents, tensors)
+    data = io.BytesIO()
     for offset, stretch in stretches:
-        data[offset : offset + len(stretch)] = memoryview(stretch).cast("B")
-    return bytes(data)
+        data.seek(offset)
+        data.write(bytes_of(stretch))
+    return data.getvalue()  # shares its memory
 
 
 def entries_of(data: bytes, where: str) -> dict[str, Entry]:

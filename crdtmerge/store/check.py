@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from crdtmerge.errors import CrdtMergeError, InputError, OpError
 from crdtmerge.replica.contribution import Manifest
 from crdtmerge.replica.genesis import Genesis
-from crdtmerge.replica.op import Op, op_id
+from crdtmerge.replica.op import Op
 from crdtmerge.replica.opset import OpSet
 from crdtmerge.replica.tables import NAMES, MemoryTables
 from crdtmerge.store.blobs import Blobs, fault_in
@@ -98,7 +98,7 @@ def _ops(database: Database, report: Report) -> Iterator[Op]:
     for identity, wire in database.rows("SELECT key, value FROM set_ops"):
         try:
             op = Op.from_wire(wire)
-            if op.id != identity or op_id(op.body) != identity:
+            if op.id != identity:
                 raise OpError("it is kept under another id")
         except OpError as fault:
             report.faults.append(f"operation {identity.hex()}: {fault} A peer that holds it can give it again.")

@@ -82,7 +82,9 @@ class Database:
         """Open the database of a replica. Raises ReplicaError."""
         path = folder / NAME
         if not path.is_file():
-            raise ReplicaError(f"{folder}: is not a replica (no {NAME} there). Make one with: crdtmerge init {folder}")
+            raise ReplicaError(
+                f"{folder}: is not a replica (no {NAME} there). Make one with: crdtmerge init {folder} --base MODEL"
+            )
         database = cls(path)
         refuse_network(folder)
         with database.failing():

@@ -24,11 +24,6 @@ class Disk:
         """A descriptor of a new file."""
         return open_file(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
 
-    def reserve(self, descriptor: int, nbytes: int) -> None:
-        """Claim a file's space, so that a full disk shows before the work."""
-        if nbytes and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(descriptor, 0, nbytes)
-
     def write(self, descriptor: int, offset: int, data: Any) -> None:
         """Write all of some bytes at an offset."""
         view = bytes_of(data)

@@ -129,6 +129,19 @@ def test_a_delta_holds_what_one_lacks_and_no_more(one: Replica, tmp_path: Path) 
         assert two.include(tmp_path / "nothing")[0].new == []
 
 
+def test_the_files_of_a_retracted_content_come_along_for_the_day_it_shows_again(tmp_path: Path) -> None:
+    with founded(tmp_path / "one") as replica:
+        added = replica.add(_checkpoint(tmp_path / "ft", model(1), {"config.json": '{"a": 1}'}))
+        replica.retract(added.id)
+        with second(replica, tmp_path / "two") as two:
+            replica.unretract(added.id)
+            exchange(replica, two)
+            assert two.opset.entry(added.id).files  # type: ignore[union-attr]
+            assert two.resolve().receipt.to_bytes() == replica.resolve().receipt.to_bytes()
+            two.resolve().save(tmp_path / "out")
+            assert (tmp_path / "out" / "config.json").read_text() == '{"a": 1}'
+
+
 def test_a_delta_of_nothing_carries_nothing(one: Replica, tmp_path: Path) -> None:
     one.export(tmp_path / "nothing", one.heads)
     assert set(_parts((tmp_path / "nothing").read_bytes())) == {"genesis", "ops", "manifests"}
