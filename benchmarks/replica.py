@@ -63,7 +63,7 @@ class Author:
         key = next(key for key in KEYS if key.public == dot.author)
         assert isinstance(dot.payload, Add)
         if kind < 0.80:
-            self.dots.remove(dot)
+            self.dots = [one for one in self.dots if one is not dot]
             return self._signed(Remove((dot.id,)), key), None
         if kind < 0.95:
             return self._signed(Add(dot.payload.content, Says(note=f"number {self.height}")), key), None

@@ -31,9 +31,10 @@ def status(pool: PoolFolder = HERE, as_json: AsJson = False) -> None:
 
 
 def _status(replica: Replica) -> dict[str, Any]:
-    opset, ready = replica.opset, replica.ready()
-    hidden = [{"id": one.id.hex(), "why": one.why, "by": one.by.hex()} for one in opset.hidden()]
-    for content in opset.retracted_unseen():
+    opset, ready, visible = replica.opset, replica.ready(), replica.visible
+    gone = opset.hidden()
+    hidden = [{"id": one.id.hex(), "why": one.why, "by": one.by.hex()} for one in gone]
+    for content in sorted({*opset.retracted()}.difference((one.id for one in visible), (one.id for one in gone))):
         by = max(opset.retractions(content), key=lambda op: op.order)
         hidden.append({"id": content.hex(), "why": "retracted", "by": by.id.hex()})
     forks = [(fork.one.author, [fork.one.id, fork.other.id]) for fork in opset.forks()]
@@ -44,7 +45,7 @@ def _status(replica: Replica) -> dict[str, Any]:
         "state_root": replica.state_root.hex(),
         "recipe": replica.recipe.canonical(),
         "ops": len(opset),
-        "visible": [_entry(entry, entry.id in ready) for entry in replica.visible],
+        "visible": [_entry(entry, entry.id in ready) for entry in visible],
         "hidden": sorted(hidden, key=lambda one: one["id"]),
         "forks": [{"key": key.hex(), "ops": [op.hex() for op in ops]} for key, ops in forks],
     }

@@ -40,6 +40,9 @@ def export(room: Room, path: Path, since: Sequence[bytes]) -> int:
     says = [op.payload.says for op in ops if isinstance(op.payload, Add)]
     names = {digest for one in says for digest in (one.files or {}).values()} & attached
     names |= set() if since else set(room.genesis.files.values())
+    lost = [one.hex() for one in held if one not in manifests]
+    if lost:
+        raise ReplicaError(f"{room.folder}: the manifest of {', '.join(lost)} is lost. Run `crdtmerge fsck`.")
     digests = sorted({row.digest for one in held for row in manifests[one].rows})
     with Lease(room.database) as lease:
         lease.hold([*digests, *names])

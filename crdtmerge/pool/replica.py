@@ -296,7 +296,7 @@ class Replica:
 
     def contents_like(self, prefix: str) -> set[bytes]:
         """The contents whose id begins so, also those that were retracted before they were seen."""
-        return self._like("set_contents", prefix) | self._like("set_retracts", prefix)
+        return self._like("set_adds", prefix) | self._like("set_retracts", prefix)
 
     def _like(self, table: str, prefix: str) -> set[bytes]:
         text = prefix.lower()

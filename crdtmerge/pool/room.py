@@ -10,8 +10,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import msgpack
-
 from crdtmerge.errors import InputError, KeyFileError, OutputError, ReplicaError
 from crdtmerge.keys import Key
 from crdtmerge.recipe import Recipe
@@ -134,8 +132,7 @@ class Room:
 
     def tips(self, key: bytes) -> list[bytes]:
         """The last operation of each chain of a key."""
-        rows = self.database.rows("SELECT value FROM set_tips WHERE key BETWEEN ? AND ?", (key, key + b"\xff" * 16))
-        return [msgpack.unpackb(row[0])[1] for row in rows]
+        return [last for _, _, (_, last) in self.opset.tables.every("tips", key)]
 
     def needed(self) -> set[bytes]:
         """The blobs that may not be collected."""
@@ -188,19 +185,22 @@ class Room:
     def refresh_ready(self, contents: Iterable[bytes]) -> None:
         """Look again whether all tensors of some contents are here."""
         for content in contents:
-            manifest = self.manifest(content)
-            whole = manifest is not None and all(self.blobs.get(row.digest) for row in manifest.rows)
-            statement = "INSERT OR IGNORE INTO ready VALUES (?)" if whole else "DELETE FROM ready WHERE content = ?"
-            self.database.run(statement, (content,))
+            self._mark(content, self.manifest(content))
+
+    def _mark(self, content: bytes, manifest: Manifest | None) -> None:
+        whole = manifest is not None and all(self.blobs.get(row.digest) for row in manifest.rows)
+        statement = "INSERT OR IGNORE INTO ready VALUES (?)" if whole else "DELETE FROM ready WHERE content = ?"
+        self.database.run(statement, (content,))
 
     def _took(self, ops: Iterable[Op], manifests: Mapping[bytes, Manifest]) -> None:
         """Keep what belongs to operations that were taken."""
         now = time.time()
         for op in ops:
             self.database.run("INSERT OR IGNORE INTO seen VALUES (?, ?)", (op.id, now))
-            if isinstance(op.payload, Add) and op.payload.content in manifests:
-                self.keep_manifest(manifests[op.payload.content])
-                self.refresh_ready([op.payload.content])
+            manifest = manifests.get(op.payload.content) if isinstance(op.payload, Add) else None
+            if manifest is not None:
+                self.keep_manifest(manifest)
+                self._mark(manifest.id, manifest)
 
     def key_path(self, public: bytes) -> Path:
         """Where a key lies that is about to become this replica's."""

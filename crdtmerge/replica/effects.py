@@ -24,14 +24,11 @@ class Effects:
         """Take an operation that passed the door; ``kind`` is its content's, if that comes for the first time."""
         tables, past = self._tables, self._log.past_of(op)
         if isinstance(op.payload, Add):
-            if kind is not None:
-                tables.put("contents", op.payload.content, value=kind)
-            tables.put("adds", op.payload.content, op.id)
+            tables.put("adds", op.payload.content, op.id, kind or self._log.kind(op.payload.content))
         self._log.keep_past(op, past)
         tables.put("ops", op.id, value=op.wire)
         self._log.meet(op)
         tables.put("order", op.height.to_bytes(8, "big"), op.id)
-        tables.put("authors", op.author, op.id)
         for parent in op.parents:
             tables.drop("heads", parent)
         tables.put("heads", op.id)
@@ -103,27 +100,24 @@ class Effects:
         tables = self._tables
         live, retracts = tables.members("live", content), tables.members("retracts", content)
         shown = [dot for dot, (author, _) in live if not any(every or by == author for _, (by, every) in retracts)]
-        visible, state = self._log.trie("visible"), self._log.trie("state")
+        entry = None
         if shown:
-            entry = spoken_of(content, tables.get("contents", content), map(self._log.op, shown))
+            entry = spoken_of(content, self._log.kind(content) or "", map(self._log.op, shown))
             tables.put("visible", content, value=entry.value)
             tables.drop("hidden", content)
-            visible.put(content, entry.leaf)
         else:
             tables.drop("visible", content)
-            visible.drop(content)
             self._hide(content, live, retracts)
-        if live or retracts:
-            state.put(content, digest("state-leaf", [[one for one, _ in live], [one for one, _ in retracts]]))
-        else:
-            state.drop(content)
+        counts = [[one for one, _ in live], [one for one, _ in retracts]]
+        state = digest("state-leaf", counts) if live or retracts else None
+        self._log.tries.put(content, entry.leaf if entry else None, state)
 
     def _hide(self, content: bytes, live: list[tuple[bytes, Any]], retracts: list[tuple[bytes, Any]]) -> None:
         """Say why a content is not visible, if it was ever added."""
         authors = {author for _, (author, _) in live}
         hiding = [one for one, (by, everyones) in retracts if everyones or by in authors]
         removed = self._tables.get("removed", content)
-        if not self._tables.has("contents", content):
+        if self._log.kind(content) is None:
             return
         if hiding:
             self._keep_reason(content, "retracted", max(self._log.op(one).order for one in hiding)[1])
@@ -146,7 +140,7 @@ class Effects:
                 assert isinstance(payload, Grant | Revoke), "the table of members holds these"
                 concerned.add(payload.key)
         for key in sorted(concerned):
-            for one, _ in self._tables.members("authors", key):
+            for _, one, _ in self._tables.every("dots", key):
                 op = self._log.op(one)
                 loses = self._log.loses(op)
                 if loses != self._log.is_void(one):

@@ -3,22 +3,21 @@
 The tables, by (key, member) -> value:
 
     ops        id -> wire                    order    height (8 bytes), id
-    heads      id                            authors  author, id
-    dots       author incarnation seq, id    tips     author incarnation -> (seq, id) of the last
+    heads      id                            tips     author incarnation -> (seq, id) of the last
+    dots       author incarnation seq, id
     forks      author incarnation seq        where a chain has two operations in one place
     members    id                            of every GRANT and REVOKE
     contexts   digest -> ids                 sets of them that are the past of an operation
     context    id -> digest                  which set is the past of an operation, if any
     void       id                            operations that lost their right
     recipes    id                            of every RECIPE
-    contents   content -> kind               of every content that was added
-    adds       content, id                   all ADDs of a content
+    adds       content, id -> kind           all ADDs of a content
     live       content, id -> (author, False)        its live ones
     retracts   content, id -> (author, everyone's)   its live RETRACTs
     killers    id, id                        which operations end an ADD or RETRACT
     removed    content -> (height, id)       the greatest operation that ended a dot of it
     visible    content -> entry              hidden   content -> (why, id)
-    visible_nodes, state_nodes               the pages of the two tries
+    nodes      prefix -> page                of the two tries
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.members import Members, Past, Rank
 from crdtmerge.replica.op import Grant, Op, Remove, Retract, Revoke, SetRecipe
 from crdtmerge.replica.tables import Tables
-from crdtmerge.replica.trie import Trie
+from crdtmerge.replica.trie import Tries
 
 MET_MAX = 16384
 """Operations and pasts that are remembered besides the tables; they never change."""
@@ -40,6 +39,7 @@ class Log:
 
     def __init__(self, genesis: Genesis, tables: Tables) -> None:
         self.genesis, self.tables = genesis, tables
+        self.tries = Tries(tables)
         self._authority: tuple[list[bytes], Members] | None = None
         self._met: dict[bytes, Op] = {}
         self._pasts: dict[bytes, Past] = {}
@@ -68,9 +68,10 @@ class Log:
         """Whether an operation lost its right to a REVOKE."""
         return self.tables.has("void", identity)
 
-    def trie(self, which: str) -> Trie:
-        """One of the two tries: ``visible`` or ``state``."""
-        return Trie(self.tables, f"{which}_nodes")
+    def kind(self, content: bytes) -> str | None:
+        """The kind of a content, None if it was never added."""
+        adds = self.tables.members("adds", content)
+        return adds[0][1] if adds else None
 
     def past_of(self, op: Op) -> Past:
         """The GRANTs and REVOKEs in the causal past of an operation whose parents are here."""

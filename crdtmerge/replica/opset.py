@@ -160,10 +160,6 @@ class OpSet:
         """Contents under a live RETRACT."""
         return sorted({key for key, _, _ in self.tables.every("retracts")})
 
-    def retracted_unseen(self) -> list[bytes]:
-        """Contents that were retracted and never added, as far as is known here."""
-        return [content for content in self.retracted() if not self.knows_content(content)]
-
     def why_hidden(self, content: bytes) -> Hidden | None:
         """Why a content that was added is not visible; None if it is."""
         value = self.tables.get("hidden", content)
@@ -178,11 +174,11 @@ class OpSet:
 
     def knows_content(self, content: bytes) -> bool:
         """Whether a content was ever added: its manifest has been seen."""
-        return self.tables.has("contents", content)
+        return self._log.kind(content) is not None
 
     def contents(self) -> list[bytes]:
         """Every content that was ever added, by id."""
-        return [key for key, _, _ in self.tables.every("contents")]
+        return sorted({key for key, _, _ in self.tables.every("adds")})
 
     def held(self) -> list[bytes]:
         """The contents with a live dot, visible or retracted: those whose tensors must be kept."""
@@ -221,7 +217,7 @@ class OpSet:
     @property
     def root(self) -> bytes:
         """The Merkle root of the visible set, which a merge depends on: 32 bytes."""
-        return self._log.trie("visible").root
+        return self._log.tries.visible
 
     @property
     def state_root(self) -> bytes:
@@ -230,14 +226,14 @@ class OpSet:
         forks = [
             [dot, *(one for one, _ in self.tables.members("dots", dot)[:2])] for dot, _, _ in self.tables.every("forks")
         ]
-        return digest("state", [self.pool, self._log.trie("state").root, members, self._recipe_op(), forks])
+        return digest("state", [self.pool, self._log.tries.state, members, self._recipe_op(), forks])
 
     def prove(self, content: bytes) -> Proof:
         """That a content is under ``root`` with its leaf. Raises KeyError for one that is not visible."""
         entry = self.entry(content)
         if entry is None:
             raise KeyError(content.hex())
-        return self._log.trie("visible").prove(content, entry.leaf)
+        return self._log.tries.prove(content, entry.leaf)
 
     @property
     def recipe(self) -> Recipe:

@@ -12,14 +12,14 @@ from typing import Any, Protocol
 Value = Any
 
 NAMES = (
-    *("ops", "order", "heads", "dots", "tips", "authors", "forks"),
+    *("ops", "order", "heads", "dots", "tips", "forks"),
     *("context", "contexts", "members", "void", "recipes"),
-    *("contents", "adds", "killers", "live", "retracts", "removed"),
-    *("visible", "hidden", "visible_nodes", "state_nodes"),
+    *("adds", "killers", "live", "retracts", "removed"),
+    *("visible", "hidden", "nodes"),
 )
 """Every table; ``log`` says what is in each."""
 
-RAW = frozenset({"ops", "visible_nodes", "state_nodes"})
+RAW = frozenset({"ops", "nodes"})
 """Tables whose values are all bytes."""
 
 
@@ -46,8 +46,8 @@ class Tables(Protocol):
         """The members of a key and their values, in order."""
         ...
 
-    def every(self, table: str) -> Iterator[tuple[bytes, bytes, Value]]:
-        """All (key, member, value), in order."""
+    def every(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes, Value]]:
+        """All (key, member, value) whose key begins so, in order."""
         ...
 
     def count(self, table: str) -> int:
@@ -94,9 +94,9 @@ class MemoryTables:
         """The members of a key, in order."""
         return sorted(self._tables[table].get(key, {}).items())
 
-    def every(self, table: str) -> Iterator[tuple[bytes, bytes, Value]]:
-        """All of a table, in order."""
-        for key in sorted(self._tables[table]):
+    def every(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes, Value]]:
+        """All of a table whose key begins so, in order."""
+        for key in sorted(key for key in self._tables[table] if key.startswith(prefix)):
             for member, value in self.members(table, key):
                 yield key, member, value
 

@@ -3,7 +3,7 @@
     empty H(0x02)    leaf H(0x00 || content id || leaf value)    node H(0x01 || left || right)    H = SHA-256
 
 A subtree with one leaf is that leaf, so the shape depends on the ids alone and not on the order of insertion.
-``root`` computes it from nothing, ``Trie`` keeps it while leaves come and go: in pages of up to 16 subtrees, one for
+``root`` computes it from nothing, ``Tries`` keeps two while leaves come and go: in pages of up to 16 subtrees, one for
 each prefix of whole hexadecimal digits that two leaves share, so that a change writes one short row a digit.
 """
 
@@ -13,11 +13,13 @@ import hashlib
 import itertools
 import struct
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from crdtmerge.replica.tables import Tables
 
+TABLE = "nodes"
 EMPTY = hashlib.sha256(b"\2").digest()
 ID_BITS = 256
 
@@ -63,6 +65,7 @@ def _leaf(identity: bytes, value: bytes) -> bytes:
     return hashlib.sha256(b"\0" + identity + value).digest()
 
 
+@lru_cache(maxsize=16384)
 def _node(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(b"\1" + left + right).digest()
 
@@ -95,119 +98,151 @@ class Proof(NamedTuple):
 
 
 class Child(NamedTuple):
-    """A subtree on a page: the digit that leads to it, whether it is a leaf, its lowest id, its hash."""
+    """A subtree on a page: the digit that leads to it, 1 for a leaf, its lowest id, its hash in each of the tries."""
 
     digit: int
-    leaf: bool
+    leaf: int
     id: bytes
-    hash: bytes
+    visible: bytes
+    state: bytes
 
 
-ROW = struct.Struct(">BB32s32s")
+ROW = struct.Struct(">BB32s32s32s")
+ABSENT = bytes(32)
+"""In place of a hash: no leaf of the subtree is in this trie."""
+
+Pages = list[tuple[bytes, dict[int, Child]]]
 
 
-class Trie:
-    """The same trie, its pages kept in a table under their prefixes, one byte a digit.
+class Tries:
+    """Two such tries over ids, of what is visible and of all that counts, kept side by side in one table of pages.
 
     A page is there for each prefix that two leaves share (the first for any leaf), and only then, so that equal sets
-    have equal pages.
+    have equal pages. Keys are the prefixes, one byte a digit.
 
     >>> from crdtmerge.replica.tables import MemoryTables
-    >>> trie = Trie(MemoryTables(), "visible_nodes")
-    >>> trie.put(bytes(32), bytes(32))
-    >>> trie.root == root({bytes(32): bytes(32)}) == trie.prove(bytes(32), bytes(32)).root()
+    >>> tries = Tries(MemoryTables())
+    >>> tries.put(bytes(32), visible=bytes(32), state=None)
+    >>> tries.visible == root({bytes(32): bytes(32)}) == tries.prove(bytes(32), bytes(32)).root()
+    True
+    >>> tries.state == EMPTY
     True
     """
 
-    def __init__(self, tables: Tables, table: str) -> None:
-        self._tables, self._table = tables, table
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
 
     @property
-    def root(self) -> bytes:
-        """The root of the leaves that are in it."""
-        return _over(self._page(b""))
+    def visible(self) -> bytes:
+        """The root of the leaves with a visible value."""
+        page = self._page(b"")
+        return _present(_standing_for(page).visible) if page else EMPTY
 
-    def put(self, identity: bytes, value: bytes) -> None:
-        """Keep a leaf; another value of the same id is replaced."""
-        self._put(b"", Child(0, True, identity, _leaf(identity, value)))
+    @property
+    def state(self) -> bytes:
+        """The root of the leaves with a state value."""
+        page = self._page(b"")
+        return _present(_standing_for(page).state) if page else EMPTY
 
-    def drop(self, identity: bytes) -> None:
-        """Forget a leaf, if there is one."""
-        self._drop(b"", identity)
+    def put(self, identity: bytes, visible: bytes | None, state: bytes | None) -> None:
+        """Keep the values of an id instead of those that it had; None: it is not in that trie."""
+        if visible is None and state is None:
+            self._drop(identity)
+            return
+        hashes = (ABSENT if value is None else _leaf(identity, value) for value in (visible, state))
+        leaf = Child(0, 1, identity, *hashes)
+        pages = self._down(identity)
+        prefix, page = pages[-1]
+        digit = _digit(identity, len(prefix))
+        there = page.get(digit)
+        if there == leaf._replace(digit=digit):
+            return
+        while there is not None and there.id != identity:  # pages down to where the two part
+            prefix += bytes([digit])
+            page = {}
+            pages.append((prefix, page))
+            digit = _digit(identity, len(prefix))
+            other = _digit(there.id, len(prefix))
+            if other != digit:
+                page[other] = there._replace(digit=other)
+                there = None
+        self._up(pages, identity, leaf)
 
     def prove(self, identity: bytes, value: bytes) -> Proof:
-        """That a leaf is in the trie. Raises KeyError if it is not."""
+        """That an id is visible with a value. Raises KeyError if it is not."""
         path: list[tuple[int, bytes]] = []
+        found = None
+        for prefix, page in self._down(identity):
+            found = page.get(_digit(identity, len(prefix)))
+            shown = sorted(child for child in page.values() if child.visible != ABSENT)
+            if found not in shown:
+                raise KeyError(identity.hex())
+            path = _path([child.id for child in shown], [child.visible for child in shown], shown.index(found)) + path
+        if found is None or found.visible != _leaf(identity, value):
+            raise KeyError(identity.hex())
+        return Proof(identity, value, tuple(path))
+
+    def _drop(self, identity: bytes) -> None:
+        pages = self._down(identity)
+        prefix, page = pages[-1]
+        there = page.get(_digit(identity, len(prefix)))
+        if there is not None and there.id == identity:
+            self._up(pages, identity, None)
+
+    def _down(self, identity: bytes) -> Pages:
+        """The pages from the first to the one where the way to an id ends: at a leaf or at nothing."""
+        pages: Pages = []
         prefix = b""
         while True:
-            page = self._page(prefix)
-            at = next((i for i, child in enumerate(page) if child.digit == _digit(identity, len(prefix))), None)
-            if at is None or (page[at].leaf and page[at].hash != _leaf(identity, value)):
-                raise KeyError(identity.hex())
-            path = _path([child.id for child in page], [child.hash for child in page], at) + path
-            if page[at].leaf:
-                return Proof(identity, value, tuple(path))
-            prefix += bytes([page[at].digit])
+            page = {child.digit: child for child in self._page(prefix)}
+            pages.append((prefix, page))
+            digit = _digit(identity, len(prefix))
+            if digit not in page or page[digit].leaf:
+                return pages
+            prefix += bytes([digit])
 
-    def _put(self, prefix: bytes, leaf: Child) -> Child:
-        """Keep a leaf below a prefix; the subtree of that prefix as its parent's page has it."""
-        depth = len(prefix)
-        digit = _digit(leaf.id, depth)
-        page = {child.digit: child for child in self._page(prefix)}
-        there = page.get(digit)
-        if there is None or (there.id == leaf.id and there.leaf):
-            page[digit] = leaf._replace(digit=digit)
-        else:
-            below = prefix + bytes([digit])
-            if there.leaf:
-                self._keep(below, {d: there._replace(digit=d) for d in [_digit(there.id, depth + 1)]})
-            page[digit] = self._put(below, leaf)._replace(digit=digit)
-        return self._keep(prefix, page)
+    def _up(self, pages: Pages, identity: bytes, child: Child | None) -> None:
+        """Write pages from the last to the first, with a child on the last where it was, or without it."""
+        for prefix, page in reversed(pages):
+            digit = _digit(identity, len(prefix))
+            if child is None:
+                del page[digit]
+            else:
+                page[digit] = child._replace(digit=digit)
+            child = self._keep(prefix, [page[digit] for digit in sorted(page)])
 
-    def _drop(self, prefix: bytes, identity: bytes) -> Child | None:
-        """Forget a leaf below a prefix; the subtree of that prefix, None if nothing changed or nothing is left."""
-        digit = _digit(identity, len(prefix))
-        page = {child.digit: child for child in self._page(prefix)}
-        there = page.get(digit)
-        if there is None or (there.leaf and there.id != identity):
-            return None
-        if there.leaf:
-            del page[digit]
-        else:
-            left = self._drop(prefix + bytes([digit]), identity)
-            if left is None:
-                return None
-            page[digit] = left._replace(digit=digit)
-        only = next(iter(page.values()), None)
-        if prefix and len(page) == 1 and only is not None and only.leaf:
-            self._tables.drop(self._table, prefix)
-            return only
-        if not page:
-            self._tables.drop(self._table, prefix)
-            return None
-        return self._keep(prefix, page)
+    def _keep(self, prefix: bytes, page: list[Child]) -> Child | None:
+        """Write a page, or remove it where it need not be; what stands for it on the page above."""
+        if not page or (prefix and len(page) == 1 and page[0].leaf):
+            self._tables.drop(TABLE, prefix)
+            return page[0] if page else None
+        self._tables.put(TABLE, prefix, value=b"".join([ROW.pack(*child) for child in page]))
+        return _standing_for(page)
 
     def _page(self, prefix: bytes) -> list[Child]:
-        rows = self._tables.get(self._table, prefix) or b""
-        return [Child(digit, bool(leaf), identity, found) for digit, leaf, identity, found in ROW.iter_unpack(rows)]
-
-    def _keep(self, prefix: bytes, page: dict[int, Child]) -> Child:
-        """Write a page; the subtree that it is."""
-        children = [page[digit] for digit in sorted(page)]
-        self._tables.put(self._table, prefix, value=b"".join(ROW.pack(*child) for child in children))
-        return Child(0, False, children[0].id, _over(children))
+        return list(map(Child._make, ROW.iter_unpack(self._tables.get(TABLE, prefix) or b"")))
 
 
-def _over(page: Sequence[Child]) -> bytes:
-    """The hash over a page: subtrees whose digits differ only in the last bit are joined, then in the last two, ..."""
-    hashes = {child.digit: child.hash for child in page}
-    while len(hashes) > 1:
-        joined: dict[int, bytes] = {}
-        for digit, found in hashes.items():
-            left = joined.get(digit >> 1)
-            joined[digit >> 1] = found if left is None else _node(left, found)
-        hashes = joined
-    return next(iter(hashes.values()), EMPTY)
+def _standing_for(page: Sequence[Child]) -> Child:
+    """What stands on the page above for a page that is kept."""
+    digits, _, ids, visible, state = zip(*page, strict=True)
+    return Child(0, 0, ids[0], _over(digits, visible), _over(digits, state))
+
+
+def _over(digits: Iterable[int], hashes: Iterable[bytes]) -> bytes:
+    """The hash over a page: neighbours are joined, then the results, until one is left; one without another stays."""
+    level = [b""] * 16
+    for digit, found in zip(digits, hashes, strict=True):
+        if found != ABSENT:
+            level[digit] = found
+    while len(level) > 1:
+        pairs = zip(level[::2], level[1::2], strict=True)
+        level = [_node(left, right) if left and right else left or right for left, right in pairs]
+    return level[0] or ABSENT
+
+
+def _present(found: bytes) -> bytes:
+    return EMPTY if found == ABSENT else found
 
 
 def _digit(identity: bytes, depth: int) -> int:

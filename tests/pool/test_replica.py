@@ -539,7 +539,7 @@ def test_digits_that_many_contents_share_are_ambiguous(tmp_path: Path) -> None:
 
         added = replica.add({"w": np.float32([1])})
         twin = added.id[:3] + bytes(29)
-        sql(tmp_path / "pool", "INSERT INTO set_contents SELECT ?, member, value FROM set_contents", (twin,))
+        sql(tmp_path / "pool", "INSERT INTO set_adds SELECT ?, member, value FROM set_adds", (twin,))
         with pytest.raises(UsageError, match="Give more digits"):
             replica.find_content(added.id.hex()[:6])
         assert replica.find_content(added.id.hex()) == added.id

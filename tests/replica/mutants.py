@@ -17,7 +17,7 @@ from crdtmerge.replica.log import Log
 from crdtmerge.replica.members import Members, Rank
 from crdtmerge.replica.op import Add, Op, Remove, Retract
 from crdtmerge.replica.opset import OpSet
-from crdtmerge.replica.trie import Trie
+from crdtmerge.replica.trie import Tries
 from tests.replica.histories import check
 
 SEEDS = 1000
@@ -72,7 +72,7 @@ class _Changed:
 
 _join, _record, _act, _loses = OpSet.join, Effects.record, Effects._act, Log.loses
 _revive, _refresh, _spoken_of, _rank = Effects._revive, Effects._refresh, entry.spoken_of, Members.rank
-_parsed, _kept_by, _keep_place, _put = op._parsed, Members._kept_by, Effects._keep_place, Trie.put
+_parsed, _kept_by, _keep_place, _put = op._parsed, Members._kept_by, Effects._keep_place, Tries.put
 
 
 def _drops_a_dot(self: OpSet, ops: Any, manifests: Any = None) -> Any:
@@ -144,15 +144,14 @@ def _ignores_concurrent(self: Members, author: bytes, identity: bytes, past: Any
 
 
 def _keeps_the_claim(self: Effects, content: bytes) -> None:
-    """A content that is in the trie stays in it as it was."""
+    """A content that is visible stays in its trie as it was."""
+    was = self._log.tables.get("visible", content)
+    leaf = entry.Entry.of_value(content, was).leaf if was else None
 
-    def put(trie: Trie, identity: bytes, value: bytes) -> None:
-        try:
-            trie.prove(identity)
-        except KeyError:
-            _put(trie, identity, value)
+    def put(tries: Tries, identity: bytes, visible: bytes | None, state: bytes | None) -> None:
+        _put(tries, identity, leaf if leaf and visible else visible, state)
 
-    with mock.patch.object(Trie, "put", put):
+    with mock.patch.object(Tries, "put", put):
         _refresh(self, content)
 
 
@@ -214,7 +213,7 @@ def _all_are_heads(self: OpSet) -> tuple[bytes, ...]:
 
 
 def _reconsiders_the_key_only(self: Effects, revoked: bytes) -> None:
-    for one, _ in self._tables.members("authors", revoked):
+    for _, one, _ in self._tables.every("dots", revoked):
         found = self._log.op(one)
         loses = self._log.loses(found)
         if loses != self._log.is_void(one):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from crdtmerge.replica.tables import MemoryTables
-from crdtmerge.replica.trie import EMPTY, ID_BITS, Proof, Trie, root
+from crdtmerge.replica.trie import EMPTY, ID_BITS, Proof, Tries, root
 
 values = st.binary(min_size=32, max_size=32)
 
@@ -30,20 +30,25 @@ ids = st.one_of(
 
 
 class Put(NamedTuple):
-    """Keep a leaf."""
+    """The values that an id has from now on, None for not being there."""
 
-    value: bytes
+    visible: bytes | None
+    state: bytes | None
 
 
 class Kept(NamedTuple):
-    """A trie and what must be in it."""
+    """The two tries and what must be in them."""
 
-    trie: Trie
+    tries: Tries
     tables: MemoryTables
-    leaves: dict[bytes, bytes]
+    leaves: dict[bytes, Put]
+
+    def of(self, which: str) -> dict[bytes, bytes]:
+        """The leaves of one trie."""
+        return {one: value for one, put in self.leaves.items() if (value := getattr(put, which)) is not None}
 
 
-def prefixes(leaves: dict[bytes, bytes]) -> set[bytes]:
+def prefixes(leaves: dict[bytes, Put]) -> set[bytes]:
     """The prefixes, one byte a digit, that two ids share; the empty one if there is any id."""
     digits = [bytes(int(digit, 16) for digit in identity.hex()) for identity in sorted(leaves)]
     pairs = itertools.pairwise(digits)
@@ -51,56 +56,58 @@ def prefixes(leaves: dict[bytes, bytes]) -> set[bytes]:
     return shared | ({b""} if leaves else set())
 
 
-changes = st.lists(st.tuples(ids, st.one_of(values.map(Put), st.none())), max_size=60)
+puts = st.builds(Put, st.one_of(values, st.none()), st.one_of(values, st.none()))
+changes = st.lists(st.tuples(ids, puts), max_size=60)
 
 
-def changed(steps: list[tuple[bytes, Put | None]]) -> Kept:
-    """A trie after some changes, half of the drops of ids that are there."""
-    tables, leaves = MemoryTables(), dict[bytes, bytes]()
-    trie = Trie(tables, "visible_nodes")
+def changed(steps: list[tuple[bytes, Put]]) -> Kept:
+    """The tries after some changes, half of the drops of ids that are there."""
+    tables, leaves = MemoryTables(), dict[bytes, Put]()
+    kept = Kept(Tries(tables), tables, leaves)
     for at, (identity, put) in enumerate(steps):
-        if put:
-            trie.put(identity, put.value)
-            leaves[identity] = put.value
+        gone = put == Put(None, None)
+        on = sorted(leaves)[at % len(leaves)] if gone and leaves and at % 2 else identity
+        kept.tries.put(on, *put)
+        if gone:
+            leaves.pop(on, None)
         else:
-            gone = sorted(leaves)[at % len(leaves)] if leaves and at % 2 else identity
-            trie.drop(gone)
-            leaves.pop(gone, None)
-        assert trie.root == root(leaves)
-        assert {key for key, _, _ in tables.every("visible_nodes")} == prefixes(leaves), (
-            "no page more than those shared"
-        )
-    return Kept(trie, tables, leaves)
+            leaves[on] = put
+        assert kept.tries.visible == root(kept.of("visible"))
+        assert kept.tries.state == root(kept.of("state"))
+        assert {key for key, _, _ in tables.every("nodes")} == prefixes(leaves), "no page more than those shared"
+    return kept
 
 
 @settings(max_examples=300, deadline=None)
 @given(changes)
-def test_after_any_changes_root_and_nodes_are_those_of_the_leaves(steps: list[tuple[bytes, Put | None]]) -> None:
+def test_after_any_changes_roots_and_pages_are_those_of_the_leaves(steps: list[tuple[bytes, Put]]) -> None:
     kept = changed(steps)
     fresh = MemoryTables()
-    again = Trie(fresh, "visible_nodes")
+    again = Tries(fresh)
     for identity in reversed(kept.leaves):
-        again.put(identity, kept.leaves[identity])
-    assert list(fresh.every("visible_nodes")) == list(kept.tables.every("visible_nodes"))
-    resumed = Trie(kept.tables, "visible_nodes")
+        again.put(identity, *kept.leaves[identity])
+    assert list(fresh.every("nodes")) == list(kept.tables.every("nodes"))
+    resumed = Tries(kept.tables)
     for identity in sorted(kept.leaves):
-        resumed.drop(identity)
-    assert resumed.root == EMPTY
-    assert kept.tables.count("visible_nodes") == 0
+        resumed.put(identity, None, None)
+    assert resumed.visible == resumed.state == EMPTY
+    assert kept.tables.count("nodes") == 0
 
 
 @settings(max_examples=200, deadline=None)
 @given(changes.filter(bool), st.data())
-def test_a_proof_leads_to_the_root_and_no_other_does(
-    steps: list[tuple[bytes, Put | None]], data: st.DataObject
-) -> None:
-    trie, _, leaves = changed(steps)
+def test_a_proof_leads_to_the_root_and_no_other_does(steps: list[tuple[bytes, Put]], data: st.DataObject) -> None:
+    kept = changed(steps)
+    tries, leaves = kept.tries, kept.of("visible")
+    for hidden in kept.leaves.keys() - leaves.keys():
+        with pytest.raises(KeyError):
+            tries.prove(hidden, kept.leaves[hidden].state or b"")
     if not leaves:
         return
     identity = data.draw(st.sampled_from(sorted(leaves)))
-    proof = trie.prove(identity, leaves[identity])
+    proof = tries.prove(identity, leaves[identity])
     assert (proof.identity, proof.value) == (identity, leaves[identity])
-    assert proof.root() == trie.root
+    assert proof.root() == tries.visible
     bit = data.draw(st.integers(0, ID_BITS - 1))
 
     def flipped(found: bytes) -> bytes:
@@ -112,18 +119,18 @@ def test_a_proof_leads_to_the_root_and_no_other_does(
         others.append(proof._replace(path=(*path[:at], (fork, flipped(hashed)), *path[at + 1 :])))
         others.append(proof._replace(path=(*path[:at], *path[at + 1 :])))
     for other in others:
-        assert other.root() != trie.root
+        assert other.root() != tries.visible
 
 
 def test_a_leaf_that_is_not_there_is_not_proved() -> None:
-    trie = Trie(MemoryTables(), "visible_nodes")
+    tries = Tries(MemoryTables())
     with pytest.raises(KeyError):
-        trie.prove(bytes(32), bytes(32))
-    trie.put(bytes(32), bytes(32))
+        tries.prove(bytes(32), bytes(32))
+    tries.put(bytes(32), bytes(32), None)
     with pytest.raises(KeyError):
-        trie.prove(bytes(31) + b"\1", bytes(32))
+        tries.prove(bytes(31) + b"\1", bytes(32))
     with pytest.raises(KeyError):
-        trie.prove(bytes(32), b"v" * 32)
+        tries.prove(bytes(32), b"v" * 32)
 
 
 @pytest.mark.parametrize("bits", [(1, 1), (2, 1), (-1,), (ID_BITS,)])
@@ -137,13 +144,3 @@ def test_a_proof_of_an_id_of_another_length_proves_nothing() -> None:
     moved = Proof(identity[:31], identity[31:] + value, ())
     with pytest.raises(ValueError, match="id"):
         assert moved.root() == root({identity: value})
-
-
-def test_two_tries_over_one_set_of_tables_do_not_touch() -> None:
-    tables = MemoryTables()
-    one, other = Trie(tables, "visible_nodes"), Trie(tables, "state_nodes")
-    one.put(bytes(32), b"v" * 32)
-    other.put(bytes(32), b"v" * 32)
-    one.drop(bytes(32))
-    assert (one.root, other.root) == (EMPTY, root({bytes(32): b"v" * 32}))
-    assert other.prove(bytes(32), b"v" * 32).root() == other.root
