@@ -3,8 +3,9 @@
     empty H(0x02)    leaf H(0x00 || content id || leaf value)    node H(0x01 || left || right)    H = SHA-256
 
 A subtree with one leaf is that leaf, so the shape depends on the ids alone and not on the order of insertion.
-``root`` computes it from nothing, ``Tries`` keeps two while leaves come and go: in pages of up to 16 subtrees, one for
-each prefix of whole hexadecimal digits that two leaves share, so that a change writes one short row a digit.
+``root`` computes it from nothing, ``Tries`` keeps two while leaves come and go: in pages of up to eight subtrees, one
+for each prefix of whole octal digits that two leaves share, so that a change writes one short row a digit. (A page of
+sixteen would overflow what SQLite keeps of a row in one of its own pages.)
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def _standing_for(page: Sequence[Child]) -> Child:
 
 def _over(digits: Iterable[int], hashes: Iterable[bytes]) -> bytes:
     """The hash over a page: neighbours are joined, then the results, until one is left; one without another stays."""
-    level = [b""] * 16
+    level = [b""] * 8
     for digit, found in zip(digits, hashes, strict=True):
         if found != ABSENT:
             level[digit] = found
@@ -246,5 +247,5 @@ def _present(found: bytes) -> bytes:
 
 
 def _digit(identity: bytes, depth: int) -> int:
-    """A hexadecimal digit of an id."""
-    return identity[depth // 2] >> (0 if depth % 2 else 4) & 15
+    """An octal digit of an id from the left; the last one is what is left, a single bit."""
+    return (int.from_bytes(identity, "big") << 2) >> (ID_BITS - 1 - 3 * depth) & 7

@@ -50,9 +50,10 @@ class Kept(NamedTuple):
 
 def prefixes(leaves: dict[bytes, Put]) -> set[bytes]:
     """The prefixes, one byte a digit, that two ids share; the empty one if there is any id."""
-    digits = [bytes(int(digit, 16) for digit in identity.hex()) for identity in sorted(leaves)]
+    octal = [f"{int.from_bytes(identity, 'big') << 2:086o}" for identity in sorted(leaves)]
+    digits = [bytes(map(int, one)) for one in octal]
     pairs = itertools.pairwise(digits)
-    shared = {one[:depth] for one, other in pairs for depth in range(65) if one[:depth] == other[:depth]}
+    shared = {one[:depth] for one, other in pairs for depth in range(86) if one[:depth] == other[:depth]}
     return shared | ({b""} if leaves else set())
 
 
