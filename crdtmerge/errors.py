@@ -21,6 +21,8 @@
     ├── NeedsError            a strategy lacks an input that it needs
     ├── OutputError           the output cannot be written there
     ├── StorageError          a replica's disk: full, over its quota, failing
+    ├── PeerError             a peer or bucket cannot be reached, or refuses
+    │   └── FalsePeerError    it answers what no honest one does: wrong bytes, another pool's, malformed
     └── PlatformError         this machine or process cannot promise the same bytes
 
 Rules: a message says what, where, the values and what to do. Bad input raises one of these; a broken
@@ -119,6 +121,14 @@ class OutputError(CrdtMergeError):
 
 class StorageError(CrdtMergeError):
     """A replica cannot be written: its disk is full or failing, or its quota is reached."""
+
+
+class PeerError(CrdtMergeError):
+    """A peer or a bucket cannot be reached, or refuses; another try may succeed."""
+
+
+class FalsePeerError(PeerError):
+    """A peer answers what no honest one does."""
 
 
 class PlatformError(CrdtMergeError):

@@ -49,6 +49,9 @@ CONTRIBUTIONS_MAX = 10_000
 OP_BYTES_MAX = 64 * KIB
 """A signed operation: real ones take 300 bytes; 256 parents and a long recipe fit."""
 
+TREE_BYTES_MAX = 64 * MIB
+"""The digests of a tensor's pieces: 32 bytes for each MiB, so tensors up to 2 TiB."""
+
 PARENTS_MAX = 256
 """Operations that one operation refers to directly: heads of a set that grew in parallel, dots it removes."""
 

@@ -32,11 +32,16 @@ class Index:
 
     def add(self, height: int, identity: bytes) -> None:
         """Take one more operation; most belong at the end."""
-        at = self.find((height, identity))
-        if at < len(self) and self.order(at) == (height, identity):
+        if self.has((height, identity)):
             return
+        at = self.find((height, identity))
         self._heights.insert(at, height)
         self._ids[at * ID_BYTES : at * ID_BYTES] = identity
+
+    def has(self, order: Bound) -> bool:
+        """Whether an operation is in it."""
+        at = self.find(order)
+        return at < len(self) and self.order(at) == order
 
     def order(self, at: int) -> Bound:
         """(height, id) of the operation at a position."""

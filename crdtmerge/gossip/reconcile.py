@@ -16,7 +16,7 @@ The last range of a message has no end; what comes after the last that is named 
 >>> session = Session(ours)
 >>> session.take(answer(theirs, session.opening()))
 []
->>> session.wanted == {b"c" * 32}, session.offered == {b"b" * 32}
+>>> session.wanted() == [b"c" * 32], session.offered() == [b"b" * 32]
 (True, True)
 """
 
@@ -61,12 +61,20 @@ Ranges = list[Range]
 
 
 class Session:
-    """The side that opens: what it learns the other has (``wanted``) and lacks (``offered``)."""
+    """The side that opens: what it learns the other has (``wanted``) and lacks (``offered``), causes first."""
 
     def __init__(self, index: Index) -> None:
         self._index = index
-        self.wanted: set[bytes] = set()
-        self.offered: set[bytes] = set()
+        self._wanted: dict[bytes, tuple[bool, Bound, int]] = {}
+        self._offered: dict[bytes, Bound] = {}
+
+    def wanted(self) -> list[bytes]:
+        """Ids that the other has, in its order: that of their ranges, and within these as they were listed."""
+        return sorted(self._wanted, key=self._wanted.__getitem__)
+
+    def offered(self) -> list[bytes]:
+        """Ids that the other lacks, in order."""
+        return sorted(self._offered, key=self._offered.__getitem__)
 
     def opening(self) -> Ranges:
         """Fingerprints of ranges that double in length from the newest on."""
@@ -87,9 +95,11 @@ class Session:
         said = _Message(len(answered))
         for low, high, one in spans(self._index, answered):
             if one.kind == IDS:
-                mine, theirs = set(self._index.ids(low, high)), set(one.value)
-                self.wanted |= theirs - mine
-                self.offered |= mine - theirs
+                mine = {self._index.id(at): self._index.order(at) for at in range(low, high)}
+                range_key = (one.upper is None, one.upper or (0, b""))
+                theirs = {identity: (*range_key, number) for number, identity in enumerate(one.value)}
+                self._wanted |= {identity: theirs[identity] for identity in theirs.keys() - mine.keys()}
+                self._offered |= {identity: mine[identity] for identity in mine.keys() - theirs.keys()}
                 said.one(Range(one.upper, SAME))
             elif one.kind == PRINT and (here := self._index.fingerprint(low, high)) != one.value:
                 if high - low <= LISTED_MAX:

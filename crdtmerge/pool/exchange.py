@@ -107,7 +107,7 @@ def include(room: Room, path: Path, threads: int | None, progress: Progress) -> 
         said = _said(file)
         room.genesis.refuse_other(said.genesis)
         with Taking(room, said.genesis.recipe, None, threads, progress) as (_, staging):
-            _stage(file, staging, threads, progress)
+            _stage(room, file, staging, threads, progress)
             for data in said.files.values():
                 staging.file(data)
             staging.sync()
@@ -123,9 +123,9 @@ def _said(file: TensorFile) -> bundle.Contents:
     return bundle.read(file.entries, get, str(file.path))
 
 
-def _stage(file: TensorFile, staging: Staging, threads: int | None, progress: Progress) -> None:
+def _stage(room: Room, file: TensorFile, staging: Staging, threads: int | None, progress: Progress) -> None:
     total, done = sum(entry.nbytes for entry in file.entries.values()), 0
-    staging.check_space(total)
+    room.blobs.check_space(total)
 
     def advance(step: int) -> None:
         nonlocal done

@@ -114,8 +114,11 @@ class OpSet:
         """The operations that no other refers to: equal heads are equal sets."""
         return tuple(key for key, _, _ in self.tables.every("heads"))
 
-    def delta(self, heads: Iterable[bytes]) -> list[Op]:
-        """What one lacks who knows these heads and their past, by (height, id); unknown heads do not count."""
+    def delta(self, heads: Iterable[bytes], most: int | None = None) -> list[Op]:
+        """What one lacks who knows these heads and their past, by (height, id); unknown heads do not count.
+
+        Where it is more than ``most``, some operations more than that, but not all of them.
+        """
         knows: dict[bytes, bool] = {}
         queue: list[tuple[int, bytes]] = []
         lacking: list[Op] = []
@@ -134,7 +137,8 @@ class OpSet:
             meet(head, known=True)
         for head in self.heads():
             meet(head, known=False)
-        while left:  # children are met before parents, whose height is less: what is known of one is settled by then
+        # children are met before parents, whose height is less: what is known of one is settled by then
+        while left and (most is None or len(lacking) <= most):
             op = self.op(heapq.heappop(queue)[1])
             if not knows[op.id]:
                 lacking.append(op)

@@ -70,7 +70,7 @@ class Blobs:
     """The blobs of a replica's folder."""
 
     def __init__(self, folder: Path, database: Database, disk: Disk) -> None:
-        self.folder, self.staged = folder / "blobs", folder / "staged"
+        self.folder, self.staged, self.partial = folder / "blobs", folder / "staged", folder / "partial"
         self.database, self.disk = database, disk
 
     def make(self) -> None:
@@ -78,6 +78,7 @@ class Blobs:
         with failing(self.folder):
             self.disk.make_folder(self.folder)
             self.disk.make_folder(self.staged)
+            self.disk.make_folder(self.partial)
             for number in range(256):
                 self.disk.make_folder(self.folder / f"{number:02x}")
 
@@ -116,6 +117,15 @@ class Blobs:
         if done < buffer.nbytes:
             raise ReplicaError(f"{path}: ends at byte {offset + done}; {blob.nbytes} were kept. Run `crdtmerge fsck`.")
 
+    def read_piece(self, blob: Blob, number: int) -> NDArray[np.uint8]:
+        """One piece of a blob, checked against its digest. Raises ReplicaError where it is damaged."""
+        at = number * limits.PIECE_BYTES
+        piece = np.empty(min(limits.PIECE_BYTES, blob.nbytes - at), np.uint8)
+        self.read_into(blob, at, piece)
+        if piece_digests(piece) != blob.pieces[32 * number : 32 * number + 32]:
+            raise ReplicaError(f"{self.path(blob.digest)}: is damaged. Run `crdtmerge fsck --mend`.")
+        return piece
+
     def read(self, digest: bytes) -> bytes:
         """All bytes of a small file, checked. Raises ReplicaError."""
         blob = self.get(digest)
@@ -129,10 +139,47 @@ class Blobs:
         return data
 
     def used(self) -> int:
-        """Bytes of all blobs, trash included."""
-        row = self.database.one("SELECT coalesce(sum(bytes), 0) FROM blobs")
+        """Bytes of all blobs, trash and those on their way included."""
+        tables = "(SELECT bytes FROM blobs UNION ALL SELECT bytes FROM partials)"
+        row = self.database.one(f"SELECT coalesce(sum(bytes), 0) FROM {tables}")
         assert row is not None, "a sum is always there"
         return int(row[0])
+
+    def take(self, blob: Blob, staged: Path | None) -> int:
+        """Name and enter a blob, within a transaction; bytes that are new here. Raises OSError, StorageError.
+
+        A blob that is here already counts as such, also one that was trash: it is taken back. The caller makes the
+        name durable.
+        """
+        row = self.database.one("SELECT state FROM blobs WHERE digest = ?", (blob.digest,))
+        there = row is not None and (blob.inline is not None or self.path(blob.digest).exists())
+        if staged is not None:  # also in the place of a damaged one
+            self.disk.rename(staged, self.path(blob.digest))
+        now = time.time()
+        if there:
+            self.database.run("UPDATE blobs SET state = 'ready', touched = ? WHERE digest = ?", (now, blob.digest))
+            return 0
+        if blob.inline is None and staged is None:
+            raise StorageError(f"blob {blob.digest.hex()} vanished while it was about to be used; repeat that.")
+        _enter(self.database, blob, now)
+        return blob.nbytes
+
+    def check_space(self, nbytes: int) -> None:
+        """Raise StorageError where the disk has no room for so many bytes more."""
+        free = shutil.disk_usage(self.folder).free
+        if nbytes + RESERVE_BYTES > free:
+            raise StorageError(
+                f"{self.folder}: up to {nbytes} bytes are to be written; the disk has {free} free. Make room, "
+                "for example with `crdtmerge gc`."
+            )
+
+    def check_quota(self, new: int, quota: int | None) -> None:
+        """Raise StorageError where new bytes that were just entered exceed the quota."""
+        if quota is not None and new and self.used() > quota:
+            raise StorageError(
+                f"{new} new bytes would make {self.used()} in this replica; its quota is {quota} bytes. Remove "
+                "contributions and collect them with `crdtmerge gc`, or begin with a larger quota."
+            )
 
     def staging(self) -> Staging:
         """A place for new blobs."""
@@ -176,7 +223,7 @@ class Staging:
     """
 
     def __init__(self, blobs: Blobs) -> None:
-        self._blobs, self._disk = blobs, blobs.disk
+        self.blobs, self._disk = blobs, blobs.disk
         self._folder = blobs.staged / secrets.token_hex(8)
         self._files: dict[str, _File] = {}
         self._found: dict[bytes, tuple[Blob, _File | None]] = {}
@@ -195,15 +242,6 @@ class Staging:
         for unfinished in (file for file in self._files.values() if file.path is not None and file.left):
             os.close(unfinished.descriptor)
         shutil.rmtree(self._folder, ignore_errors=True)
-
-    def check_space(self, nbytes: int) -> None:
-        """Raise StorageError where the disk has no room for so many bytes more."""
-        free = shutil.disk_usage(self._folder).free
-        if nbytes + RESERVE_BYTES > free:
-            raise StorageError(
-                f"{self._folder.parent}: up to {nbytes} bytes are to be written; the disk has {free} free. Make room, "
-                "for example with `crdtmerge gc`."
-            )
 
     def piece(self, entry: Entry, at: int, data: NDArray[np.uint8]) -> None:
         """Write a stretch of a tensor. Raises StorageError."""
@@ -225,7 +263,7 @@ class Staging:
 
     def reuse(self, digest: bytes) -> bool:
         """Whether a blob is here already; if so it is kept, and ``publish`` looks again."""
-        blob = self._blobs.get(digest)
+        blob = self.blobs.get(digest)
         if blob is not None:
             self._keep(blob, None)
         return blob is not None
@@ -256,33 +294,14 @@ class Staging:
 
         A blob that is here already counts as such, also one that was trash: it is taken back.
         """
-        blobs, now = self._blobs, time.time()
-        new = 0
-        folders = set()
+        blobs, new = self.blobs, 0
         with failing(blobs.folder):
             for blob, file in self._found.values():
-                row = blobs.database.one("SELECT state FROM blobs WHERE digest = ?", (blob.digest,))
-                there = row is not None and (blob.inline is not None or blobs.path(blob.digest).exists())
-                if file is not None and file.path is not None:  # also in the place of a damaged one
-                    path = blobs.path(blob.digest)
-                    self._disk.rename(file.path, path)
-                    folders.add(path.parent)
-                if there:
-                    blobs.database.run(
-                        "UPDATE blobs SET state = 'ready', touched = ? WHERE digest = ?", (now, blob.digest)
-                    )
-                    continue
-                if blob.inline is None and file is None:
-                    raise StorageError(f"blob {blob.digest.hex()} vanished while it was about to be used; repeat that.")
-                _enter(blobs.database, blob, now)
-                new += blob.nbytes
-            for folder in sorted(folders):
+                new += blobs.take(blob, file.path if file is not None else None)
+            named = [blob for blob, file in self._found.values() if file is not None and file.path is not None]
+            for folder in sorted({blobs.path(blob.digest).parent for blob in named}):
                 self._disk.sync_folder(folder)
-        if quota is not None and new and blobs.used() > quota:
-            raise StorageError(
-                f"{new} new bytes would make {blobs.used()} in this replica; its quota is {quota} bytes. Remove "
-                "contributions and collect them with `crdtmerge gc`, or begin with a larger quota."
-            )
+        blobs.check_quota(new, quota)
         return new
 
     def _file(self, name: str, nbytes: int) -> _File:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from crdtmerge.store.blobs import Blobs
 from crdtmerge.store.disk import failing
 from crdtmerge.store.leases import end_those_of_the_dead
+from crdtmerge.store.partials import collect_partials
 
 GRACE_SECONDS = 24 * 3600.0
 """How long what nobody needs is kept, twice: a day to notice a mistake."""
@@ -56,6 +57,7 @@ def collect(blobs: Blobs, needed: Iterable[bytes], grace_seconds: float = GRACE_
         for digest, _ in removed:
             blobs.disk.remove(blobs.path(digest))
         strays = _remove_strays(blobs, now - grace_seconds, idle=not living)
+        strays += collect_partials(blobs, keep, now - grace_seconds)
     return Collected(len(trashed), sum(trashed), len(removed), sum(nbytes for _, nbytes in removed), strays)
 
 

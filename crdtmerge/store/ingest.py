@@ -80,7 +80,7 @@ class Intake:
         """The facts of all tensors, copying those that are not here already."""
         cache, facts, done = DigestCache(), dict[str, Facts](), 0
         total = checkpoint.nbytes
-        self._staging.check_space(total)
+        self._staging.blobs.check_space(total)
 
         def advance(step: int) -> None:
             nonlocal done

@@ -144,14 +144,19 @@ def _buffer(local: threading.local) -> NDArray[np.uint8]:
 
 
 def _check_values(file: TensorFile, entry: Entry, at: int, piece: NDArray[np.uint8]) -> tuple[int, int] | None:
-    if entry.dtype.kind == "bool" and int(piece.max()) > 1:
+    return check_values(piece, at, entry.dtype, f"{file.path}: tensor {entry.name!a}")
+
+
+def check_values(piece: NDArray[np.uint8], at: int, dtype: DType, what: str) -> tuple[int, int] | None:
+    """How many elements of the piece at byte ``at`` are not finite, and which is the first. Raises InputError."""
+    if dtype.kind == "bool" and int(piece.max()) > 1:
         index = at + int(np.argmax(piece > 1))
         raise InputError(
-            f"{file.path}: tensor {entry.name!a} is BOOL but holds {int(piece[index - at])} at index {index}; "
+            f"{what} is BOOL but holds {int(piece[index - at])} at index {index}; "
             "a bool is 0 or 1. Save it again from a framework that writes bools."
         )
-    bad = nonfinite(piece, entry.dtype) if entry.dtype.floating else None
-    return bad and (bad[0], bad[1] + at // entry.dtype.itemsize)
+    bad = nonfinite(piece, dtype) if dtype.floating else None
+    return bad and (bad[0], bad[1] + at // dtype.itemsize)
 
 
 def _add(one: tuple[int, int] | None, other: tuple[int, int] | None) -> tuple[int, int] | None:

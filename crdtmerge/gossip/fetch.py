@@ -1,0 +1,316 @@
+"""Fetching the blobs that a replica lacks, from several sources at once.
+
+Every source takes the next stretch of the first blob that it may have, so that fast ones do more and slow ones hold
+nothing up. What one source fails to bring goes back into the queue for the others. Pieces are checked when they are
+written: a source that serves wrong bytes is dropped and reported. What is on disk is never fetched again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from crdtmerge import limits
+from crdtmerge.errors import FalsePeerError, PeerError
+from crdtmerge.pool.transfer import Lacking, Receiving, Want
+from crdtmerge.store.partials import Partial, runs
+
+STRETCH_PIECES = 16
+"""Pieces of one request: long enough to keep a link busy, short enough to share a blob between sources."""
+
+STRETCHES_A_SOURCE = 2
+"""Requests to one source at a time."""
+
+OPEN_MAX = 8
+"""Blobs that are fetched at a time."""
+
+SMALL_BYTES_MAX = 4 * limits.MIB
+"""Bytes of small tensors that are asked for together."""
+
+SMALL_MAX = 1024
+"""Blobs that are asked for together."""
+
+FAILURES_MAX = 3
+"""After so many failures a source is left alone until the next fetch."""
+
+COMMIT_SECONDS = 2.0
+
+Call = Callable[..., Awaitable[Any]]
+"""Runs a function that may block, beside the event loop."""
+
+
+class Source(Protocol):
+    """Where blobs come from: a peer, a folder, a bucket. Every method raises PeerError where it cannot be reached."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    async def whole(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
+        """Those of some files and tensors of one piece that it has."""
+        ...
+
+    async def tree(self, digest: bytes) -> bytes | None:
+        """The tree of a tensor, None if it is not there."""
+        ...
+
+    def stretch(self, digest: bytes, begin: int, end: int) -> AsyncIterator[bytes]:
+        """Bytes of a tensor."""
+        ...
+
+
+@dataclass
+class Fetched:
+    """What a fetch did; ``false`` are the sources that served wrong bytes, and what was wrong."""
+
+    blobs: int = 0
+    nbytes: int = 0
+    resumed_bytes: int = 0
+    lacking: int = 0
+    false: dict[str, str] = field(default_factory=dict)
+    failing: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Transfer:
+    """A blob on its way."""
+
+    want: Want
+    partial: Partial | None = None
+    stretches: deque[tuple[int, int]] = field(default_factory=deque)
+    underway: int = 0
+    opening: bool = False
+    closed: bool = False
+    absent: set[str] = field(default_factory=set)
+    sources: set[str] = field(default_factory=set)
+
+    @property
+    def done_bytes(self) -> int:
+        """Bytes that are here."""
+        return self.want.nbytes if self.closed else self.partial.done_bytes if self.partial else 0
+
+
+class Fetch:
+    """One fetch of all that is lacking."""
+
+    def __init__(
+        self,
+        receiving: Receiving,
+        sources: Iterable[Source],
+        *,
+        call: Call = asyncio.to_thread,
+        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+    ) -> None:
+        self._receiving, self._call, self._progress = receiving, call, progress
+        self._sources = {source.name: source for source in sources}
+        self._transfers: list[Transfer] = []
+        self._done, self._total = 0, 0
+        self.fetched = Fetched()
+
+    @property
+    def underway(self) -> list[Transfer]:
+        """The blobs that are being fetched."""
+        return [one for one in self._transfers if one.partial is not None and not one.closed]
+
+    async def run(self) -> Fetched:
+        """Fetch what can be had. Raises StorageError; sources that fail are named in the result."""
+        lacking: Lacking = await self._call(self._receiving.lacking)
+        self._total = lacking.nbytes
+        for source in list(self._sources.values()):
+            lacking = await self._fetch_small(source, lacking)
+        self._transfers = [Transfer(want) for want in lacking.tensors if not want.whole]
+        committing = asyncio.create_task(self._commit_now_and_then())
+        try:
+            before = -1
+            while self._sources and before != self._done and self._left():
+                before = self._done
+                async with asyncio.TaskGroup() as group:
+                    for source in list(self._sources.values()):
+                        for _ in range(STRETCHES_A_SOURCE):
+                            group.create_task(self._work(source))
+        except* Exception as faults:
+            raise _first(faults) from None
+        finally:
+            committing.cancel()
+            await self._call(self._receiving.commit)
+        small = sum(want.whole for want in lacking.tensors)
+        self.fetched.lacking = len(self._left()) + small + len(lacking.files)
+        return self.fetched
+
+    def _left(self) -> list[Transfer]:
+        return [one for one in self._transfers if not one.closed]
+
+    # ---- blobs that travel whole
+
+    async def _fetch_small(self, source: Source, lacking: Lacking) -> Lacking:
+        """What is lacking after one source brought what it has."""
+        here: set[bytes] = set()
+        try:
+            for batch in _batches([want for want in lacking.tensors if want.whole]):
+                found = await source.whole([want.digest for want in batch])
+                came = [(want, found[want.digest]) for want in batch if want.digest in found]
+                if came:
+                    await self._call(self._receiving.keep, came)
+                    here |= self._got(((want.digest, data) for want, data in came), of_tensors=True)
+            for digest in lacking.files:
+                found = await source.whole([digest])
+                if digest in found:
+                    await self._call(self._receiving.keep_file, digest, found[digest])
+                    here |= self._got([(digest, found[digest])], of_tensors=False)
+        except PeerError as fault:
+            self._leave(source, fault)
+        tensors = [want for want in lacking.tensors if want.digest not in here]
+        return Lacking(tensors, [one for one in lacking.files if one not in here])
+
+    def _got(self, found: Iterable[tuple[bytes, bytes]], *, of_tensors: bool) -> set[bytes]:
+        digests = set()
+        for digest, data in found:
+            digests.add(digest)
+            self.fetched.blobs += 1
+            self.fetched.nbytes += len(data)
+            self._advance(len(data) if of_tensors else 0)
+        return digests
+
+    # ---- blobs that travel in pieces
+
+    async def _work(self, source: Source) -> None:
+        """Take one stretch after another until there is none for this source."""
+        failures = 0
+        while source.name in self._sources and (one := self._next(source)) is not None:
+            try:
+                if one.partial is None:
+                    await self._open(one, source)
+                else:
+                    await self._stretch(one, source)
+                failures = 0
+            except FalsePeerError as fault:
+                self._leave(source, fault)
+            except PeerError as fault:
+                failures += 1
+                if failures >= FAILURES_MAX:
+                    self._leave(source, fault)
+
+    def _next(self, source: Source) -> Transfer | None:
+        left = self._left()[:OPEN_MAX]
+        return next(
+            (
+                one
+                for one in left
+                if source.name not in one.absent and (one.stretches or (one.partial is None and not one.opening))
+            ),
+            None,
+        )
+
+    async def _open(self, one: Transfer, source: Source) -> None:
+        """Find out which pieces are lacking."""
+        one.opening = True
+        try:
+            partial = await self._call(self._receiving.begun, one.want)
+            if partial is None:
+                tree = await source.tree(one.want.digest)
+                if tree is None:
+                    one.absent.add(source.name)
+                    return
+                partial = await self._call(self._receiving.begin, one.want, tree)
+            if partial is None:  # another process fetches it
+                one.closed = True
+                return
+            one.partial = partial
+            one.stretches.extend(runs(partial.lacks(), STRETCH_PIECES))
+            self.fetched.resumed_bytes += partial.done_bytes
+            self._advance(partial.done_bytes)
+            if partial.complete:
+                await self._close(one)
+        finally:
+            one.opening = False
+
+    async def _stretch(self, one: Transfer, source: Source) -> None:
+        """Fetch one stretch, piece by piece; what does not come goes back into the queue."""
+        assert one.partial is not None, "only opened blobs have stretches"
+        tree = one.partial.tree
+        first, end = one.stretches.popleft()
+        one.underway += 1
+        one.sources.add(source.name)
+        begin, last = first * limits.PIECE_BYTES, min(end * limits.PIECE_BYTES, tree.nbytes)
+        number, buffer, filled = first, bytearray(tree.piece_bytes(first)), 0
+        writing: asyncio.Task[Any] | None = None
+        try:
+            async for data in source.stretch(tree.digest, begin, last):
+                view = memoryview(data)
+                self.fetched.nbytes += len(view)
+                while len(view):
+                    if number >= end:
+                        raise FalsePeerError(f"{source.name} sends more than was asked for.")
+                    step = min(len(view), len(buffer) - filled)
+                    buffer[filled : filled + step] = view[:step]
+                    view, filled = view[step:], filled + step
+                    if filled == len(buffer):
+                        if writing is not None:
+                            await self._wrote(writing)
+                        writing = asyncio.create_task(self._write(one.partial, number, buffer))
+                        number += 1
+                        buffer, filled = bytearray(tree.piece_bytes(number) if number < end else 0), 0
+            if writing is not None:
+                await self._wrote(writing)
+            if number < end:
+                raise PeerError(f"{source.name} ends before byte {last} of {tree.digest.hex()}.")
+        finally:
+            if writing is not None:
+                await asyncio.gather(writing, return_exceptions=True)
+            one.underway -= 1
+            one.sources.discard(source.name)
+            one.stretches.extend(runs((n for n in one.partial.lacks() if first <= n < end), STRETCH_PIECES))
+        if one.partial.complete and not one.closed and not one.underway:
+            await self._close(one)
+
+    async def _write(self, partial: Partial, number: int, data: bytearray) -> int:
+        await asyncio.to_thread(self._receiving.write, partial, number, data)
+        return len(data)
+
+    async def _wrote(self, writing: asyncio.Task[Any]) -> None:
+        self._advance(await writing)
+
+    async def _close(self, one: Transfer) -> None:
+        one.closed = True
+        await self._call(self._receiving.finish, one.partial)
+        self.fetched.blobs += 1
+
+    # ---- both
+
+    def _advance(self, nbytes: int) -> None:
+        self._done += nbytes
+        self._progress("fetching", min(self._done, self._total), self._total)
+
+    def _leave(self, source: Source, fault: PeerError) -> None:
+        self._sources.pop(source.name, None)
+        named = self.fetched.false if isinstance(fault, FalsePeerError) else self.fetched.failing
+        named.setdefault(source.name, str(fault))
+
+    async def _commit_now_and_then(self) -> None:
+        while True:
+            await asyncio.sleep(COMMIT_SECONDS)
+            await self._call(self._receiving.commit)
+
+
+def _batches(wants: list[Want]) -> list[list[Want]]:
+    """Groups that are asked for together."""
+    groups: list[list[Want]] = []
+    room = 0
+    for want in wants:
+        room -= want.nbytes
+        if room < 0 or len(groups[-1]) >= SMALL_MAX:
+            groups.append([])
+            room = SMALL_BYTES_MAX - want.nbytes
+        groups[-1].append(want)
+    return groups
+
+
+def _first(faults: BaseExceptionGroup[Exception]) -> BaseException:
+    found: BaseException = faults
+    while isinstance(found, BaseExceptionGroup):
+        found = found.exceptions[0]
+    return found
