@@ -132,7 +132,7 @@ class Fetch:
                     for source in list(self._sources.values()):
                         for _ in range(STRETCHES_A_SOURCE):
                             group.create_task(self._work(source))
-        except* Exception as faults:
+        except BaseExceptionGroup as faults:
             raise _first(faults) from None
         finally:
             committing.cancel()
@@ -309,7 +309,7 @@ def _batches(wants: list[Want]) -> list[list[Want]]:
     return groups
 
 
-def _first(faults: BaseExceptionGroup[Exception]) -> BaseException:
+def _first(faults: BaseExceptionGroup) -> BaseException:
     found: BaseException = faults
     while isinstance(found, BaseExceptionGroup):
         found = found.exceptions[0]
