@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from crdtmerge.errors import CrdtMergeError
+    from crdtmerge.gossip.node import Node
     from crdtmerge.keys import Key
     from crdtmerge.pool.replica import Replica
     from crdtmerge.pool.verifying import verify
@@ -32,6 +33,7 @@ _HOMES = {
     "Key": "crdtmerge.keys",
     "MergeState": "crdtmerge.state",
     "Merged": "crdtmerge.resolve.merge",
+    "Node": "crdtmerge.gossip.node",
     "Receipt": "crdtmerge.resolve.receipt",
     "Recipe": "crdtmerge.recipe",
     "Replica": "crdtmerge.pool.replica",
@@ -47,6 +49,7 @@ __all__ = [
     "Key",
     "MergeState",
     "Merged",
+    "Node",
     "Receipt",
     "Recipe",
     "Replica",

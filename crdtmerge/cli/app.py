@@ -23,6 +23,7 @@ from crdtmerge.cli import (
     looking,
     merging,
     resolving,
+    serving,
     signing,
     strategy_list,
     verification,
@@ -72,12 +73,17 @@ COMMANDS = (
     (resolving.recipe, "recipe slerp -C pool"),
     (exchanging.export, "export -C pool -o state.safetensors"),
     (exchanging.include, "import state.safetensors -C pool"),
+    (serving.sync, "sync https://peer:7070 -C pool"),
+    (serving.serve, "serve -C pool --peer https://peer:7070"),
     (keeping.fsck, "fsck -C pool"),
     (keeping.gc, "gc -C pool"),
 )
 KEY_COMMANDS = (
     (signing.show, "keys show -C pool"),
     (signing.import_key, "keys import key.pem -C pool"),
+    (signing.trust, "keys trust KEY -C pool --url https://peer:7070"),
+    (signing.distrust, "keys distrust KEY -C pool"),
+    (signing.invite, "keys invite https://this.host:7070 -C pool"),
     (signing.grant, "keys grant 91c4… --role curator -C pool"),
     (signing.revoke, "keys revoke 91c4… -C pool"),
 )

@@ -21,7 +21,12 @@ def init(
         Path | None, typer.Option(metavar="MODEL", help="A model of the pool's architecture, where there is no base.")
     ] = None,
     source: Annotated[
-        Path | None, typer.Option("--from", metavar="FILE", help="An export of an existing pool: join that one.")
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="WHERE",
+            help="Join an existing pool: an invitation's URL, a folder, a bucket or an export.",
+        ),
     ] = None,
     strategy: Annotated[
         str | None, typer.Option(metavar="NAME", help="How the pool merges; weight_average by default.")
@@ -33,9 +38,7 @@ def init(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Tensors that are copied and not merged.")
     ] = None,
-    missing: Annotated[
-        str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")
-    ] = None,
+    missing: Annotated[str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")] = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Take models with NaN and infinity; they propagate.")
     ] = False,
@@ -44,7 +47,9 @@ def init(
     ] = False,
     curator: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY|any", help="A key besides your own that removes and retracts anything; or every key."),
+        typer.Option(
+            metavar="KEY|any", help="A key besides your own that removes and retracts anything; or every key."
+        ),
     ] = None,
     key: Annotated[
         Path | None, typer.Option(metavar="PEM", help="Sign with this Ed25519 key; by default a new one is made.")
@@ -59,6 +64,7 @@ def init(
     Base, recipe and members are fixed in the pool's first record; replicas of different pools refuse to join.
     """
     from crdtmerge.cli.merging import parsed
+    from crdtmerge.cli.serving import begun_from
     from crdtmerge.errors import UsageError
     from crdtmerge.keys import Key
     from crdtmerge.pool.replica import Replica
@@ -71,7 +77,7 @@ def init(
             asked = (base, like, settings, curator, members_only, dtype, exclude, missing, strategy, allow_nonfinite)
             if any(asked):
                 raise UsageError("--from takes base, recipe and members from the pool that it joins; leave them out.")
-            replica = Replica.of_bundle(folder, source, key=own, quota=room, progress=show)
+            replica = begun_from(folder, source, own, room, show)
         else:
             recipe, t = recipe_of(
                 strategy or "weight_average",

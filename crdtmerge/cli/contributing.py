@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ from crdtmerge.cli.console import emit, progress, quoted, say, tell
 from crdtmerge.cli.replica_options import HERE, AsJson, ContentId, PoolFolder, Reason, Threads, short, size
 
 if TYPE_CHECKING:
-    from crdtmerge.pool.replica import Ended, Replica
+    from crdtmerge.pool.replica import Ended
 
 
 def add(
@@ -60,13 +59,14 @@ def add(
     if entry is None:
         tell("  hidden all the same: it is retracted; `crdtmerge log` says by whom and why")
     else:
-        tell(f"  weight {entry.weight}, role {entry.role}" + (f", task {quoted(entry.claim.task)}" if entry.claim.task else ""))
+        tell(
+            f"  weight {entry.weight}, role {entry.role}"
+            + (f", task {quoted(entry.claim.task)}" if entry.claim.task else "")
+        )
     tell(f"  {size(added.nbytes)}, {size(added.new_bytes)} of it new here")
 
 
-def remove(
-    content: ContentId, reason: Reason = None, pool: PoolFolder = HERE, as_json: AsJson = False
-) -> None:
+def remove(content: ContentId, reason: Reason = None, pool: PoolFolder = HERE, as_json: AsJson = False) -> None:
     """Remove a contribution from the pool's set.
 
     A curator ends everyone's ADDs of it that are known here, others their own. Whoever adds it again, or did so at the

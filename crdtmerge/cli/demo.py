@@ -1,7 +1,7 @@
 """``crdtmerge demo``: the main job on real data in under a minute.
 
-Trains three small networks from one start on handwritten digits, writes them as checkpoints, merges them, and shows what
-the merges are worth and that neither order, threads, kernels nor process change a byte of them.
+Trains three small networks from one start on handwritten digits, writes them as checkpoints, merges them, and shows
+what the merges are worth and that neither order, threads, kernels nor process change a byte of them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ ANOTHER_WAY: tuple[tuple[tuple[int, ...], int, dict[str, str]], ...] = (
 
 def demo(
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", metavar="OUT", help="Keep the checkpoints in this new folder; else they are removed.")
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="OUT", help="Keep the checkpoints in this new folder; else they are removed."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:

@@ -54,6 +54,6 @@ def inspect(
     for row in rows:
         bad = f"  {row['nonfinite']} NaN or infinite" if row["nonfinite"] else ""
         shape = "x".join(map(str, source.entries[str(row["name"])].shape)) or "scalar"
-        tell(f"{ascii(row['name']):<{width}}  {row['dtype']:<5} {shape:<16} {str(row['digest'])[:16]}{bad}")
+        tell(f"{row['name']!a:<{width}}  {row['dtype']:<5} {shape:<16} {str(row['digest'])[:16]}{bad}")
     tell(f"{len(rows)} tensors, {total} bytes")
     tell(f"content id {found.id.hex()}")

@@ -43,7 +43,9 @@ def fsck(
         for fault in report.faults:
             tell(f"  {fault}")
         for content, names in report.lost.items():
-            tell(f"  contribution {short(content)} lacks {some(names)}: import it, fetch it from a peer, or add it again")
+            tell(
+                f"  contribution {short(content)} lacks {some(names)}: import it, fetch it from a peer, or add it again"
+            )
         tell("clean" if report.clean else "not clean" + (", mended as far as can be; run fsck again" if mend else ""))
     raise typer.Exit(0 if report.clean else 1)
 
@@ -57,7 +59,7 @@ def gc(
 ) -> None:
     """Collect tensors that no contribution needs.
 
-    In two phases: what is not needed for a while becomes trash, and is removed by a collection that comes as long after.
+    In two phases: what is not needed for a while becomes trash, and is removed by a collection as long after.
     """
     from crdtmerge.pool.replica import Replica
 
@@ -67,4 +69,5 @@ def gc(
         emit(vars(done))
         return
     tell(f"{counted(done.trashed, 'blob')} ({size(done.trashed_bytes)}) became trash")
-    tell(f"{counted(done.removed, 'blob')} ({size(done.removed_bytes)}) removed, and {counted(done.strays, 'leftover')} of crashes")
+    strays = counted(done.strays, "leftover")
+    tell(f"{counted(done.removed, 'blob')} ({size(done.removed_bytes)}) removed, and {strays} of crashes")

@@ -110,7 +110,9 @@ def _tell_more(count: int) -> None:
 
 
 def show(
-    identity: Annotated[str, typer.Argument(metavar="ID", help="A contribution's or operation's id, or its first digits.")],
+    identity: Annotated[
+        str, typer.Argument(metavar="ID", help="A contribution's or operation's id, or its first digits.")
+    ],
     pool: PoolFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
@@ -151,7 +153,9 @@ def _content(replica: Replica, content: bytes) -> dict[str, Any]:
     dtypes = sorted({row.dtype for row in manifest.rows}) if manifest else []
     return {
         "id": content.hex(),
-        **({name: value for name, value in _entry(entry, True).items() if name not in ("id", "ready")} if entry else {}),
+        **(
+            {name: value for name, value in _entry(entry, True).items() if name not in ("id", "ready")} if entry else {}
+        ),
         "hidden": f"{hidden.why} by operation {short(hidden.by)}" if hidden else None,
         "ready": replica.is_ready(content),
         "tensors": len(manifest.rows) if manifest else None,

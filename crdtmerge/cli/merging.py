@@ -15,7 +15,6 @@ from crdtmerge.cli.console import Memory, emit, progress, say, tell
 if TYPE_CHECKING:
     from crdtmerge.resolve.merging import Merge
     from crdtmerge.resolve.receipt import Receipt
-    from crdtmerge.weights.writer import Output
 
 
 def merge(
@@ -25,9 +24,7 @@ def merge(
     base: Annotated[
         Path | None, typer.Option(metavar="MODEL", help="The model from which the others were fine-tuned.")
     ] = None,
-    strategy: Annotated[
-        str, typer.Option(metavar="NAME", help="One of `crdtmerge strategies`.")
-    ] = "weight_average",
+    strategy: Annotated[str, typer.Option(metavar="NAME", help="One of `crdtmerge strategies`.")] = "weight_average",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A parameter; KEY@GLOB=VALUE for some tensors only."),

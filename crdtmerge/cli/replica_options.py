@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-PoolFolder = Annotated[Path, typer.Option("-C", "--pool", metavar="DIR", help="The replica's folder; by default this one.")]
+PoolFolder = Annotated[
+    Path, typer.Option("-C", "--pool", metavar="DIR", help="The replica's folder; by default this one.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 Reason = Annotated[str | None, typer.Option(metavar="TEXT", help="Why; everyone in the pool will see it.")]
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="The bytes are the same for any number.")]

@@ -63,9 +63,7 @@ def recipe(
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Tensors that are copied and not merged.")
     ] = None,
-    missing: Annotated[
-        str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")
-    ] = None,
+    missing: Annotated[str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")] = None,
     pool: PoolFolder = HERE,
     as_json: AsJson = False,
 ) -> None:

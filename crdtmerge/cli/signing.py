@@ -23,14 +23,20 @@ def show(pool: PoolFolder = HERE, as_json: AsJson = False) -> None:
 
     with Replica.open(pool) as replica:
         own = replica.author
-        ranks = {key: replica.opset.rank(key).name.lower() for key in [own, *sorted(replica.known_keys() - {own})]}
+        trusted = {peer.key: peer.url for peer in replica.peers.every()}
+        others = sorted((replica.known_keys() | trusted.keys()) - {own})
+        ranks = {key: replica.opset.rank(key).name.lower() for key in [own, *others]}
         folder = str(replica.folder / "key.pem")
     if as_json:
-        keys = [{"key": key.hex(), "rank": rank} for key, rank in ranks.items()]
+        keys = [
+            {"key": key.hex(), "rank": rank, "trusted": key in trusted, "url": trusted.get(key)}
+            for key, rank in ranks.items()
+        ]
         emit({"key": own.hex(), "file": folder, "rank": ranks[own], "keys": keys})
         return
     for key, rank in ranks.items():
-        tell(f"{key.hex()}  {rank}" + (f"  signs here ({folder})" if key == own else ""))
+        peer = f"  trusted peer{' at ' + url if (url := trusted[key]) else ''}" if key in trusted else ""
+        tell(f"{key.hex()}  {rank}" + (f"  signs here ({folder})" if key == own else peer))
 
 
 def import_key(
@@ -51,9 +57,79 @@ def import_key(
         tell(f"signs as {own.hex()} from now on")
 
 
+def trust(
+    key: KeyText,
+    url: Annotated[str | None, typer.Option(metavar="URL", help="Where it listens: https://HOST:PORT.")] = None,
+    pool: PoolFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Let a peer that holds this key talk to this replica. A running node learns of it within a second.
+
+    Trust is between machines and this replica's alone; what a key may do in the pool is another matter (keys grant).
+    """
+    from crdtmerge.cli.beginning import key_of
+    from crdtmerge.gossip import address
+    from crdtmerge.pool.replica import Replica
+
+    found = key_of(key)
+    where = address.peer(f"{url}#{found.hex()}").url if url else None
+    with Replica.open(pool) as replica:
+        replica.peers.trust(found, where)
+    if as_json:
+        emit({"key": found.hex(), "url": where})
+    else:
+        tell(f"{found.hex()} is trusted" + (f" and listens at {where}" if where else ""))
+
+
+def distrust(key: KeyText, pool: PoolFolder = HERE, as_json: AsJson = False) -> None:
+    """Let a peer talk to this replica no longer."""
+    from crdtmerge.cli.beginning import key_of
+    from crdtmerge.errors import UsageError
+    from crdtmerge.pool.replica import Replica
+
+    found = key_of(key)
+    with Replica.open(pool) as replica:
+        known = replica.peers.distrust(found)
+    if not known:
+        raise UsageError(f"{found.hex()} is not trusted here; `crdtmerge keys show` lists who is.")
+    if as_json:
+        emit({"key": found.hex()})
+    else:
+        tell(f"{found.hex()} is trusted no longer")
+
+
+def invite(
+    url: Annotated[
+        str, typer.Argument(metavar="URL", help="Where a node of this replica is reached: https://HOST:PORT.")
+    ],
+    hours: Annotated[float, typer.Option(metavar="H", min=0.001, help="How long it stands.")] = 24.0,
+    pool: PoolFolder = HERE,
+    as_json: AsJson = False,
+) -> None:
+    """Print a URL with which one new replica joins, once: crdtmerge init DIR --from URL.
+
+    It holds a secret: hand it over where nobody else reads it.
+    """
+    from crdtmerge.errors import UsageError
+    from crdtmerge.gossip import address
+    from crdtmerge.pool.replica import Replica
+
+    with Replica.open(pool) as replica:
+        where = address.peer(f"{url}#{replica.author.hex()}")
+        if where.key is None:
+            raise UsageError(f"{url}: invitations need TLS: https://HOST:PORT.")
+        text = address.Invitation(where, replica.peers.invite(hours * 3600)).text
+    if as_json:
+        emit({"invitation": text})
+    else:
+        tell(text)
+
+
 def grant(
     key: KeyText,
-    role: Annotated[str, typer.Option(metavar="member|curator", help="To contribute, or also to remove anything.")] = "member",
+    role: Annotated[
+        str, typer.Option(metavar="member|curator", help="To contribute, or also to remove anything.")
+    ] = "member",
     pool: PoolFolder = HERE,
     as_json: AsJson = False,
 ) -> None:

@@ -33,7 +33,9 @@ def strategies(
         _print_one(listed[0], inspect.getdoc(type(registry.get(name))) or "")
     else:
         for row in listed:
-            tell(f"{row['name']:<16} {row['class']}  {row['family']:<11} base {row['needs']['base']:<9} {row['summary']}")
+            tell(
+                f"{row['name']:<16} {row['class']}  {row['family']:<11} base {row['needs']['base']:<9} {row['summary']}"
+            )
 
 
 def _listed() -> Iterator[dict[str, Any]]:

@@ -13,17 +13,23 @@ EXIT = {"same": 0, "different": 1, "unknown": 2}
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="What `crdtmerge merge -o` wrote: a folder or a .safetensors file.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="What `crdtmerge merge -o` wrote: a folder or a .safetensors file.")
+    ],
     against: Annotated[
-        list[Path] | None, typer.Option(metavar="MODEL", help="Where an input is now, also the base; not as inputs.json has it.")
+        list[Path] | None,
+        typer.Option(metavar="MODEL", help="Where an input is now, also the base; not as inputs.json has it."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs.")] = "cpu",
-    threads: Annotated[int | None, typer.Option(metavar="N", min=1, help="The answer is the same for any number.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="The answer is the same for any number.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Merge again and compare every byte.
 
-    The inputs are hashed anew. Exit code 0: the same bytes. 1: different. 2: cannot tell, because an input is missing or the build is another.
+    The inputs are hashed anew. Exit code 0: the same bytes. 1: different. 2: cannot tell, because an input is missing
+    or the build is another.
     """
     from crdtmerge.cli.merging import check_device
     from crdtmerge.pool.verifying import verify as verified

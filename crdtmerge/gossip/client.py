@@ -76,10 +76,9 @@ class HttpPeer:
 
     # ---- sessions
 
-    async def exchange(self, request: messages.Request) -> messages.Answer:
+    async def exchange(self, message: bytes) -> bytes:
         """One round of a session. Raises PoolMismatchError too."""
-        data = await self._call("POST", "/v1/sync", request.to_bytes(), bytes_max=messages.FRAME_BYTES_MAX)
-        return messages.Answer.from_bytes(data or b"")
+        return await self._call("POST", "/v1/sync", message, bytes_max=messages.FRAME_BYTES_MAX) or b""
 
     async def join(self, key: Key, server: bytes, secret: bytes, url: str | None = None) -> bytes:
         """The genesis record, for an invitation."""

@@ -50,6 +50,10 @@ class Source(Protocol):
         """What messages call it."""
         ...
 
+    async def manifest(self, content: bytes) -> bytes | None:
+        """A manifest."""
+        ...
+
     async def whole(self, digests: Sequence[bytes]) -> dict[bytes, bytes]:
         """Those of some files and tensors of one piece that it has."""
         ...
@@ -118,7 +122,7 @@ class Fetch:
 
     async def run(self) -> Fetched:
         """Fetch what can be had. Raises StorageError; sources that fail are named in the result."""
-        lacking: Lacking = await self._call(self._receiving.lacking)
+        lacking = await self._lacking()
         self._total = lacking.nbytes
         for source in list(self._sources.values()):
             lacking = await self._fetch_small(source, lacking)
@@ -138,8 +142,23 @@ class Fetch:
             committing.cancel()
             await self._call(self._receiving.commit)
         small = sum(want.whole for want in lacking.tensors)
-        self.fetched.lacking = len(self._left()) + small + len(lacking.files)
+        self.fetched.lacking = len(self._left()) + small + len(lacking.files) + (lacking.base is not None)
         return self.fetched
+
+    async def _lacking(self) -> Lacking:
+        """What is lacking, with the base of a pool that one has just joined."""
+        lacking: Lacking = await self._call(self._receiving.lacking)
+        for source in list(self._sources.values()):
+            if lacking.base is None:
+                break
+            try:
+                found = await source.manifest(lacking.base)
+                if found is not None:
+                    await self._call(self._receiving.keep_base, found)
+                    lacking = await self._call(self._receiving.lacking)
+            except PeerError as fault:
+                self._leave(source, fault)
+        return lacking
 
     def _left(self) -> list[Transfer]:
         return [one for one in self._transfers if not one.closed]
@@ -164,7 +183,7 @@ class Fetch:
         except PeerError as fault:
             self._leave(source, fault)
         tensors = [want for want in lacking.tensors if want.digest not in here]
-        return Lacking(tensors, [one for one in lacking.files if one not in here])
+        return Lacking(tensors, [one for one in lacking.files if one not in here], lacking.base)
 
     def _got(self, found: Iterable[tuple[bytes, bytes]], *, of_tensors: bool) -> set[bytes]:
         digests = set()

@@ -1,10 +1,12 @@
 """What one replica asks another and what that answers, as bytes: MessagePack maps of at most ``FRAME_BYTES_MAX``.
 
     request   pool, heads, ranges, wants, ops, manifests, said       answer   heads, ranges, ops, manifests, lacks,
-                                                                              refused, more, said
+                                                                              refused, more, behind, starving, said
 
 ``ranges`` are a message of ``reconcile``. ``heads`` of an answer say that the asker lacks exactly the operations that
-come with it, and more where it says so. ``lacks`` are the contents whose manifests must come before ADDs of them.
+come with it, and more where it says so. ``lacks`` are the contents whose manifests must come before ADDs of them, and
+``behind`` says that operations of the request build on others that are not there; ``starving`` that blobs are lacking
+there and the asker cannot be asked for them: it may bring them.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class Answer:
     lacks: tuple[bytes, ...] = ()
     refused: Mapping[bytes, str] = field(default_factory=dict)
     more: bool = False
+    behind: bool = False
+    starving: bool = False
     said: tuple[bytes, ...] = ()
 
     def to_bytes(self) -> bytes:
@@ -97,6 +101,8 @@ class Answer:
             fields.ids("lacks", LACKS_MAX) or (),
             fields.refused(),
             bool(fields.value("more")),
+            bool(fields.value("behind")),
+            bool(fields.value("starving")),
             fields.items("said", SAID_MAX),
         )
 

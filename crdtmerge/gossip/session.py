@@ -12,7 +12,7 @@ nothing, since what came in was taken, and the next begins with what both then h
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from crdtmerge.errors import FalsePeerError, InputError, MismatchError, PoolMismatchError
 from crdtmerge.gossip import reconcile
@@ -42,6 +42,7 @@ class Summary:
     overhead_bytes: int = 0
     refused: dict[bytes, str] = field(default_factory=dict)
     equal: bool = False
+    starving: bool = False
 
 
 class Opener:
@@ -83,7 +84,7 @@ class Opener:
 
     def take(self, answer: Answer) -> None:
         """Learn from an answer. Raises FalsePeerError."""
-        self.summary.rounds += 1
+        self.summary.starving = answer.starving
         self._after_sending(answer)
         got = self._receive(answer)  # whether any was news: what a peer repeats must not keep a session going
         if answer.heads is not None:  # these operations are what was lacking here
@@ -116,7 +117,7 @@ class Opener:
             ranges = reconcile.unpack(answer.ranges) if answer.ranges is not None else []
         except InputError as fault:
             raise FalsePeerError(str(fault)) from None
-        if not ranges and self.summary.rounds == 1:
+        if not ranges and self.summary.rounds <= 1:
             self.summary.equal = True
         self._ranges = self._session.take(ranges) or None
         known = self._holding.opset
@@ -185,9 +186,12 @@ def respond(
     joined = taken(holding, ops, {**(manifests or {}), **beside})
     lacks = {missing.content: None for _, missing in joined.waiting if missing.content}
     refused = {op.id: why for op, why in joined.refused}
-    answer = _answer(holding, request, ranges)
-    answer = Answer(
-        **{**vars(answer), "lacks": tuple(one for one in lacks if one), "refused": refused, "said": tuple(said)}
+    answer = replace(
+        _answer(holding, request, ranges),
+        lacks=tuple(one for one in lacks if one),
+        refused=refused,
+        behind=any(missing.parents for _, missing in joined.waiting),
+        said=tuple(said),
     )
     return Responded(answer, joined.new)
 

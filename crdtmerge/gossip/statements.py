@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from crdtmerge.canonical import pack, unpack
 from crdtmerge.errors import FalsePeerError
+from crdtmerge.gossip.messages import SAID_MAX
 from crdtmerge.keys import Key, verify
 from crdtmerge.replica.contribution import is_id
 
@@ -74,9 +75,9 @@ class Statements:
             del self._last[next(iter(self._last))]
         return news
 
-    def newest(self, count: int) -> list[bytes]:
-        """The statements that came last."""
-        return [one.wire for one in list(self._last.values())[-count:]]
+    def newest(self) -> list[bytes]:
+        """The statements that came last, as many as a message takes."""
+        return [one.wire for one in list(self._last.values())[-SAID_MAX:]]
 
     def disagreeing(self, merge: bytes, output: bytes) -> list[Statement]:
         """Those that say of one merge that it came to something else."""

@@ -148,6 +148,7 @@ class Report(TypedDict):
     recipe: str
     ops: int
     visible_count: int
+    ready_count: int
     visible: list[Visible]
     hidden_count: int
     peers: list[Peer]
@@ -325,9 +326,8 @@ class _Metrics(Collector):
         yield GaugeMetricFamily("crdtmerge_uptime_seconds", "Since the peer started.", report["uptime_seconds"])
         yield GaugeMetricFamily("crdtmerge_ops", "Operations in the set.", report["ops"])
         yield GaugeMetricFamily("crdtmerge_visible_contributions", "Visible in the set.", report["visible_count"])
-        ready = sum(one["ready"] for one in report["visible"])
         about = f"Visible with all tensors here, among the first {VISIBLE_MAX}."
-        yield GaugeMetricFamily("crdtmerge_ready_contributions", about, ready)
+        yield GaugeMetricFamily("crdtmerge_ready_contributions", about, report["ready_count"])
         yield GaugeMetricFamily("crdtmerge_hidden_contributions", "Hidden in the set.", report["hidden_count"])
         states = Counter(peer["state"] for peer in peers)
         yield _by_state("crdtmerge_peers", "Peers in each state.", {state: states[state] for state in PEER_STATES})

@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -38,6 +38,8 @@ from crdtmerge.replica.opset import Joined, OpSet
 
 if TYPE_CHECKING:
     from crdtmerge.pool.outputs import Resolved
+    from crdtmerge.pool.peers import Peers
+    from crdtmerge.pool.transfer import Giving, Receiving
     from crdtmerge.resolve.merge import Merged
     from crdtmerge.store.blobs import Staging
     from crdtmerge.store.check import Report
@@ -164,14 +166,36 @@ class Replica:
     ) -> Self:
         """Begin a replica of an existing pool from an exported state. Raises OutputError, BundleError, HeaderError."""
         from crdtmerge.pool import exchange
-        from crdtmerge.store.disk import Disk
 
         genesis = exchange.contents_of(Path(bundle)).genesis
+        return cls.of_genesis(
+            folder,
+            genesis,
+            key=key,
+            quota=quota,
+            disk=disk,
+            first=lambda room: exchange.include(room, Path(bundle), threads, progress),
+        )
+
+    @classmethod
+    def of_genesis(
+        cls,
+        folder: str | Path,
+        genesis: Genesis,
+        *,
+        key: Key | None = None,
+        quota: int | None = None,
+        disk: Disk | None = None,
+        first: Callable[[Room], object] = lambda room: None,
+    ) -> Self:
+        """Begin an empty replica of an existing pool; ``first`` fills it before it appears. Raises OutputError."""
+        from crdtmerge.store.disk import Disk
+
         with _new_folder(Path(folder)) as staged:
             room = Room.begun(staged, genesis, key or Key.generate(), quota, disk or Disk())
             try:
                 _found(room, genesis, None, None)
-                exchange.include(room, Path(bundle), threads, progress)
+                first(room)
             finally:
                 room.database.close()
         return cls.open(folder, disk=disk)
@@ -209,6 +233,30 @@ class Replica:
     def author(self) -> bytes:
         """The public key that signs here."""
         return self._room.author
+
+    @property
+    def key(self) -> Key:
+        """The key that signs here. Raises KeyFileError."""
+        return self._room.own_key()
+
+    @property
+    def peers(self) -> Peers:
+        """The peers that it trusts."""
+        from crdtmerge.pool.peers import Peers
+
+        return Peers(self._room)
+
+    def giving(self) -> Giving:
+        """The blobs that it gives to others."""
+        from crdtmerge.pool.transfer import Giving
+
+        return Giving(self._room)
+
+    def receiving(self) -> Receiving:
+        """A context in which it takes blobs from others."""
+        from crdtmerge.pool.transfer import Receiving
+
+        return Receiving(self._room)
 
     @property
     def recipe(self) -> Recipe:
@@ -276,6 +324,15 @@ class Replica:
             return None
         blobs = [self._room.blobs.get(row.digest) for row in manifest.rows]
         return sum(blob.nbytes for blob in blobs if blob)
+
+    def whole_bytes_of(self, content: bytes) -> int | None:
+        """Bytes of a content's tensors, here or not; None if its manifest is not."""
+        from crdtmerge.numerics.dtypes import DTYPES
+        from crdtmerge.store.partials import nbytes_of
+
+        manifest = self.manifest(content)
+        rows = manifest.rows if manifest else ()
+        return sum(nbytes_of(DTYPES[row.dtype], row.shape) for row in rows if row.dtype in DTYPES) if manifest else None
 
     def version(self) -> int:
         """A number that changes when another process or thread commits: how a running node notices."""

@@ -148,7 +148,7 @@ class Room:
         """Sign and take an operation of this replica's own. Raises NotAllowedError, OpError, MismatchError."""
         from crdtmerge.store.incarnation import Incarnation
 
-        op = self.opset.compose(self._own_key(), Incarnation(self.database, self.author).for_next(), payload)
+        op = self.opset.compose(self.own_key(), Incarnation(self.database, self.author).for_next(), payload)
         missing = self.opset.accept(op, manifest)
         assert missing is None, "an operation composed here lacks nothing"
         self._took([op], {})
@@ -206,7 +206,8 @@ class Room:
         """Where a key lies that is about to become this replica's."""
         return self.folder / f"key-{public.hex()[:16]}.pem"
 
-    def _own_key(self) -> Key:
+    def own_key(self) -> Key:
+        """The key that signs here. Raises KeyFileError."""
         author = self.author
         if self._key is None or self._key.public != author:
             coming = self.key_path(author)  # a crash may have come between its arrival and its new name

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crdtmerge import limits
-from crdtmerge.errors import FalsePeerError
+from crdtmerge.errors import FalsePeerError, InputError
 from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.pool.room import Room
 from crdtmerge.replica.contribution import Manifest
@@ -47,10 +47,11 @@ class Want(NamedTuple):
 
 
 class Lacking(NamedTuple):
-    """What is not here: tensors and files, each in the order of the contents that need them."""
+    """What is not here: tensors and files, each in the order of the contents that need them; the base's manifest."""
 
     tensors: list[Want]
     files: list[bytes]
+    base: bytes | None = None
 
     @property
     def nbytes(self) -> int:
@@ -130,7 +131,23 @@ class Receiving:
             if not wants:
                 self._mark([content])
         files = sorted(opset.attached() | set(genesis.files.values()))
-        return Lacking(list(tensors.values()), [one for one in files if self._room.blobs.get(one) is None])
+        base = genesis.base if genesis.base and self._room.manifest(genesis.base) is None else None
+        return Lacking(list(tensors.values()), [one for one in files if self._room.blobs.get(one) is None], base)
+
+    def keep_base(self, data: bytes) -> None:
+        """Keep the manifest of the base. Raises FalsePeerError for another one."""
+        try:
+            manifest = Manifest.from_bytes(data)
+        except InputError as fault:
+            raise FalsePeerError(str(fault)) from None
+        if manifest.id != self._room.genesis.base:
+            raise FalsePeerError(f"{manifest.id.hex()[:16]} is not the base of this pool.")
+
+        def work() -> None:
+            self._room.keep_manifest(manifest)
+            self._room.refresh_ready([manifest.id])
+
+        self._room.group.run(work)
 
     def begin(self, want: Want, tree: bytes) -> Partial | None:
         """Begin a tensor in pieces, or go on with it; None while another process does. Raises FalsePeerError."""

@@ -1,1 +1,1 @@
-"""Layer 2: merge strategies as pure functions over contributions in canonical order. One file a family, one registry."""
+"""Layer 2: merge strategies, pure functions over contributions in canonical order. One file a family, one registry."""

@@ -64,7 +64,8 @@ class Ties(Strategy[TiesParameters]):
         scopes = {scope for scope, _ in asked}
         if "model" in scopes and len(asked) > 1:
             raise ParameterError(
-                "strategy 'ties': scope=model takes one share of the whole model; a density for some tensors needs scope=tensor."
+                "strategy 'ties': scope=model takes one share of the whole model; a density for some tensors needs "
+                "scope=tensor."
             )
         if all(density == 1 for _, density in asked):
             return EMPTY
@@ -173,7 +174,7 @@ class DareTies(Strategy[DareTiesParameters]):
 
 
 class MagMax(Strategy[WithLambda]):
-    """MagMax: of all task vectors the element of largest magnitude, theta = theta_0 + lambda tau_(argmax_i |w_i tau_i|).
+    """MagMax: of all task vectors the element of largest magnitude: theta_0 + lambda tau_(argmax_i |w_i tau_i|).
 
     Of two equal magnitudes the positive wins, so no order of contributions enters. The one strategy here that is a
     join by itself, commutative, associative and idempotent, at weights 1 and lambda 1, wherever theta_i - theta_0 is

@@ -44,7 +44,8 @@ def divisor_of(meta: tuple[Meta, ...]) -> float:
     whole = sum((Fraction(m.weight) for m in meta), Fraction(0))
     if abs(whole) < SMALLEST_SUM:
         raise UsageError(
-            f"the weights sum to {float(whole)}; a weighted mean divides by their sum. Change a --weight or set normalize=false."
+            f"the weights sum to {float(whole)}; a weighted mean divides by their sum. Change a --weight or set "
+            "normalize=false."
         )
     return nearest(whole)
 

@@ -159,6 +159,8 @@ def _sentence(strategy: str, kind: type[Parameters], error: ValidationError) -> 
         hint = f" Did you mean {near[0]}?" if near else ""
         return f"strategy '{strategy}' has no parameter {name!r}.{hint} It has: {', '.join(known) or 'none'}."
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"strategy '{strategy}': {name} = {first.get('input')!r}: must be {message}." if "should" in first[
-        "msg"
-    ] else f"strategy '{strategy}': {name}: {message}."
+    return (
+        f"strategy '{strategy}': {name} = {first.get('input')!r}: must be {message}."
+        if "should" in first["msg"]
+        else f"strategy '{strategy}': {name}: {message}."
+    )

@@ -160,7 +160,7 @@ class View(Protocol):
         ...
 
     def scan(self, work: Callable[[Unit], Scanned]) -> Iterator[tuple[str, Scanned]]:
-        """``work`` of every unit, in canonical order, with the name of its tensor. Units start at multiples of 65,536."""
+        """``work`` of every unit, in canonical order, with its tensor's name. Units start at multiples of 65,536."""
         ...
 
 

@@ -19,8 +19,7 @@ from crdtmerge.strategies.spherical import Slerp
 GROUP = "crdtmerge.strategies"
 
 BUILT_IN: dict[str, type[Strategy[Any]]] = {
-    strategy.name: strategy
-    for strategy in (WeightAverage, Linear, Slerp, TaskArithmetic, Ties, Dare, DareTies, MagMax)
+    strategy.name: strategy for strategy in (WeightAverage, Linear, Slerp, TaskArithmetic, Ties, Dare, DareTies, MagMax)
 }
 
 
@@ -34,14 +33,15 @@ def _loaded(name: str) -> type[Strategy[Any]]:
     """A strategy of another package. Raises UnknownStrategyError if the package does not keep its word."""
     try:
         strategy = _installed()[name].load()
-    except Exception as fault:  # noqa: BLE001 - whatever another package does when it is imported
+    except Exception as fault:
         raise UnknownStrategyError(
             f"strategy '{name}' cannot be loaded from {_installed()[name].value} ({type(fault).__name__}: {fault}); "
             "mend or remove the package."
         ) from fault
     if not (isinstance(strategy, type) and issubclass(strategy, Strategy) and strategy.name == name):
         raise UnknownStrategyError(
-            f"the entry point '{name}' of group {GROUP} is not a Strategy class of that name; mend or remove the package."
+            f"the entry point '{name}' of group {GROUP} is not a Strategy class of that name; mend or remove the "
+            "package."
         )
     return strategy
 

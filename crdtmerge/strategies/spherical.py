@@ -56,8 +56,8 @@ class Slerp(Strategy[SlerpParameters]):
         theta = sin((1-t) W) / sin W * a + sin(t W) / sin W * b,      t = w_b / (w_a + w_b)
 
     applied to the tensors as they are, not to unit vectors. Where the cosine is ``dot_threshold`` or more, a norm is
-    ``epsilon`` or less, or the tensor has one element, it is (1-t) a + t b. Opposite tensors have no shortest arc between
-    them and are refused.
+    ``epsilon`` or less, or the tensor has one element, it is (1-t) a + t b. Opposite tensors have no shortest arc
+    between them and are refused.
 
     More than two models: ``karcher`` is their weighted mean on the sphere (the m with sum_i w_i log_m(u_i) = 0), times
     the weighted mean of the norms; ``fold`` interpolates one by one in canonical order, each time between what came
@@ -101,7 +101,7 @@ def arc(name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: SlerpPara
         return a
     if not np.isfinite(gram).all():
         raise NonFiniteError(
-            f"tensor {ascii(name)}: its dot products exceed float64, so slerp knows no angle. Scale the weights down, or "
+            f"tensor {name!a}: its dot products exceed float64, so slerp knows no angle. Scale the weights down, or "
             "leave the tensor out with --exclude."
         )
     norms = [math.sqrt(gram[i, i]) for i in range(len(a))]
@@ -119,14 +119,14 @@ def arc(name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: SlerpPara
         if p.reduce == "fold":
             return folded(gram, [nearest(m.weight) for m in meta], nearest(p.epsilon), near)
         return karcher(cosine, norms, a)
-    except _Opposite as opposite:
+    except _OppositeError as opposite:
         raise MismatchError(
-            f"tensor {ascii(name)}: slerp has no shortest arc between opposite directions (cosine {opposite.cosine:.6f}). "
+            f"tensor {name!a}: slerp has no shortest arc between opposite directions (cosine {opposite.cosine:.6f}). "
             f"Leave the tensor out with --exclude, or merge with --strategy linear."
         ) from None
 
 
-class _Opposite(Exception):
+class _OppositeError(Exception):
     def __init__(self, cosine: float) -> None:
         self.cosine = cosine
 
@@ -134,7 +134,7 @@ class _Opposite(Exception):
 def slerp(cosine: float, a: float, b: float, near: float) -> list[float]:
     """Coefficients for two vectors with shares a and b = 1 - a: sin(a W) / sin W and sin(b W) / sin W."""
     if cosine < OPPOSITE:
-        raise _Opposite(cosine)
+        raise _OppositeError(cosine)
     if cosine >= near:
         return [a, b]
     w = acos(cosine)
@@ -156,12 +156,12 @@ def karcher(cosine: list[list[float]], norms: list[float], a: list[float]) -> li
 
     size = math.sqrt(max(dot(a, a), 0.0))
     if size < SHORTEST_MEAN:
-        raise _Opposite(min(cosine[i][j] for i in k for j in k))
+        raise _OppositeError(min(cosine[i][j] for i in k for j in k))
     m = scaled(a, 1.0 / size)
     for _ in range(KARCHER_STEPS_MAX):
         p = [max(-1.0, min(1.0, dot(m, [1.0 if i == j else 0.0 for j in k]))) for i in k]
         if min(p) < OPPOSITE:
-            raise _Opposite(min(p))
+            raise _OppositeError(min(p))
         angles = [acos(v) for v in p]
         pull = [a[i] * (angles[i] / sin(angles[i]) if p[i] < 1.0 else 1.0) for i in k]
         along = left_sum(pull[i] * p[i] for i in k)

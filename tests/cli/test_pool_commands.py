@@ -93,7 +93,7 @@ def test_add_says_what_it_added_and_how_much_of_it_was_new(pool: Pool) -> None:
     text = told(pool.run("add", c, "--weight", "0.50", "--role", "forget", "--task", "math", "--note", "by hand"))
     (one,) = (one for one in pool.status["visible"] if one["id"] not in (pool.a, pool.b))
     assert text.splitlines()[0] == f"added {one['id']}"
-    assert "weight 0.5, role forget, task \"math\"" in text
+    assert 'weight 0.5, role forget, task "math"' in text
     assert "2.4 kB, 2.3 kB of it new here" in text
     assert (one["weight"], one["role"], one["task"], one["note"]) == ("0.5", "forget", "math", "by hand")
 

@@ -61,6 +61,7 @@ def converse(ours: Holding, theirs: Holding) -> Summary:
         assert max(len(asked), len(answered)) <= FRAME_BYTES_MAX
         payload = sum(map(len, (*request.ops, *request.manifests)))
         answer = Answer.from_bytes(answered)
+        opener.summary.rounds += 1
         payload += sum(map(len, (*answer.ops, *answer.manifests)))
         opener.summary.overhead_bytes += len(asked) + len(answered) - payload
         opener.take(answer)

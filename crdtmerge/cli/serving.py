@@ -1,0 +1,135 @@
+"""``crdtmerge serve`` and ``sync``: a replica among its peers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from crdtmerge.cli.console import emit, progress, say, tell
+from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, counted, size
+
+if TYPE_CHECKING:
+    from crdtmerge.gossip.node import Node
+    from crdtmerge.keys import Key
+    from crdtmerge.pool.replica import Replica
+    from crdtmerge.pool.room import Progress
+
+STATUS = "127.0.0.1:7071"
+
+
+def serve(
+    pool: PoolFolder = HERE,
+    listen: Annotated[
+        str, typer.Option(metavar="H:P", help="Where peers reach it, over TLS; http://H:P without. Port 0: any.")
+    ] = "127.0.0.1:7070",
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="A peer to talk to: https://HOST:PORT#KEY, or a trusted one's URL."),
+    ] = None,
+    status: Annotated[
+        str, typer.Option(metavar="H:P|off", help="Where its page, /metrics and /healthz are shown, over plain HTTP.")
+    ] = STATUS,
+    resolve: Annotated[
+        Path | None, typer.Option(metavar="OUT", help="Keep a merged checkpoint here up to date.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plain HTTP beyond this machine.")] = False,
+    period: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0.05, help="Between two sessions, about; news travel at once.")
+    ] = 10.0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a peer node: share the pool with peers until it is stopped (Ctrl-C).
+
+    With --json the first line on stdout says where it listens.
+    """
+    import asyncio
+
+    from crdtmerge.gossip.node import Node
+    from crdtmerge.pool.replica import Replica
+
+    async def run() -> None:
+        with Replica.open(pool) as replica:
+            node = Node(
+                replica,
+                listen=listen,
+                peers=peer or (),
+                resolve=resolve,
+                insecure=insecure,
+                period=period,
+                status=status,
+            )
+            async with node:
+                _announce(node, as_json)
+                _stop_on_signals(node)
+                await node.stopped()
+
+    asyncio.run(run())
+
+
+def _announce(node: Node, as_json: bool) -> None:
+    import sys
+
+    said = {"url": node.url, "status": node.status_url, "key": node.key.hex(), "pool": node.replica.pool_id.hex()}
+    if as_json:
+        emit(said, compact=True)
+    else:
+        tell(f"peers reach it at {said['url']}")
+        tell(f"its page is at {said['status']}" if said["status"] else "no status page")
+    sys.stdout.flush()
+
+
+def _stop_on_signals(node: Node) -> None:
+    import asyncio
+    import signal
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, node.stop)
+
+
+def begun_from(folder: Path, source: str, key: Key | None, quota: int | None, show: Progress) -> Replica:
+    """A new replica of an existing pool."""
+    import asyncio
+
+    from crdtmerge.errors import UsageError
+    from crdtmerge.gossip import address
+    from crdtmerge.gossip.sync import begin_from_peer
+    from crdtmerge.pool.replica import Replica
+
+    if address.is_url(source):
+        invitation = address.invitation(source)
+        if invitation is None:
+            raise UsageError(
+                f"{source}: is no invitation. Whoever runs that peer makes one with: crdtmerge keys invite {source}"
+            )
+        return asyncio.run(begin_from_peer(folder, invitation, key, quota=quota, progress=show))
+    return Replica.of_bundle(folder, Path(source), key=key, quota=quota, progress=show)
+
+
+def sync(
+    where: Annotated[
+        str, typer.Argument(metavar="WHERE", help="A peer's URL, a folder, or a bucket (s3://bucket/prefix).")
+    ],
+    pool: PoolFolder = HERE,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plain HTTP beyond this machine.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Bring this replica and another, a folder or a bucket to the same set, both ways."""
+    import asyncio
+
+    from crdtmerge.gossip import address
+    from crdtmerge.gossip.sync import sync_peer
+    from crdtmerge.pool.replica import Replica
+
+    with Replica.open(pool) as replica, progress(quiet=as_json) as show:
+        done = asyncio.run(sync_peer(replica, address.peer(where, replica.peers, insecure=insecure), progress=show))
+    if as_json:
+        emit(done.document)
+        return
+    received, sent = counted(done.ops_received, "operation"), counted(done.ops_sent, "operation")
+    tell(f"received {received} and {size(done.bytes_fetched)}, sent {sent} and {size(done.bytes_sent)}")
+    tell(f"  root {done.root}")
+    if done.lacking:
+        say(f"note: {counted(done.lacking, 'blob')} that this pool needs are not there either")
