@@ -36,8 +36,8 @@ class RoundTrips:
 
     >>> trips = RoundTrips()
     >>> trips.measured(0.1)
-    >>> round(trips.mean, 2), trips.deadline
-    (0.1, 2.0)
+    >>> round(trips.mean, 2), round(trips.deadline, 2)
+    (0.1, 2.4)
     """
 
     def __init__(self) -> None:

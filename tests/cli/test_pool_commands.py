@@ -510,7 +510,11 @@ def test_keys_show_says_who_signs_and_who_else_may_do_what(pool: Pool) -> None:
     own = pool.status["actor"]
     assert list(found) == ["key", "file", "rank", "keys"]
     assert (found["key"], found["rank"], found["file"]) == (own, "founder", str(pool.folder / "key.pem"))
-    assert found["keys"] == [{"key": own, "rank": "founder"}, {"key": STRANGER, "rank": "curator"}]
+    untrusted = {"trusted": False, "url": None}
+    assert found["keys"] == [
+        {"key": own, "rank": "founder", **untrusted},
+        {"key": STRANGER, "rank": "curator", **untrusted},
+    ]
     told(pool.run("keys", "show"), f"{own}  founder  signs here ({pool.folder / 'key.pem'})", f"{STRANGER}  curator")
 
 

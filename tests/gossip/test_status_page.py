@@ -82,6 +82,7 @@ def agreed() -> Report:
         recipe="ties density=0.2",
         ops=1234,
         visible_count=2,
+        ready_count=2,
         visible=[contribution(11, note="fine-tuned on GSM8K"), contribution(12, weight="0.5", task="code")],
         hidden_count=3,
         peers=[peer(1), peer(2)],
@@ -202,6 +203,7 @@ def test_the_report_is_served_as_json(serving: Serving) -> None:
 def test_metrics_carry_the_numbers_of_the_report(serving: Serving) -> None:
     report = agreed()
     report["visible"][1] |= {"ready": False, "missing_bytes": 5}
+    report["ready_count"] = 1
     report["peers"] += [
         peer(3, state="failing", rtt_seconds=None),
         peer(4, url=None, state="banned", rtt_seconds=0.5),
@@ -406,7 +408,7 @@ def test_the_page_shows_what_the_report_says(chrome: Chrome, serving: Serving) -
         contribution(13, ready=False, missing_bytes=1_000_000_000, adders=[digest(901)]),
         contribution(14, ready=False, bytes=None),
     ]
-    report["visible_count"] = 4
+    report["visible_count"], report["ready_count"] = 4, 2
     report["peers"].append(peer(3, state="failing", failures=4, next_try_seconds=900.0, reason="connection refused"))
     report["transfers"] = [Transfer(digest=digest(50), content=digest(13), bytes=4000, done_bytes=1000, sources=2)]
     report["warnings"] = ["the disk is nearly full"]
@@ -462,7 +464,7 @@ def test_what_peers_write_is_shown_and_never_run(chrome: Chrome, serving: Servin
     hostile = [
         contribution(20 + number, note=note, task=note, role=note, weight=note) for number, note in enumerate(HOSTILE)
     ]
-    report["visible"], report["visible_count"] = hostile, len(hostile)
+    report["visible"], report["visible_count"], report["ready_count"] = hostile, len(hostile), len(hostile)
     report["peers"] = [
         peer(1, state="banned", reason=HOSTILE[0], url=HOSTILE[1]),
         peer(2, state="failing", reason=HOSTILE[2]),
@@ -574,6 +576,7 @@ def test_no_width_needs_scrolling_sideways(chrome: Chrome, serving: Serving, wid
 def test_five_hundred_contributions_are_drawn(chrome: Chrome, serving: Serving) -> None:
     report = agreed()
     report["visible"], report["visible_count"] = [contribution(number) for number in range(1000, 1500)], 1700
+    report["ready_count"] = 1700
     report["peers"] = [peer(number) for number in range(20)]
     serving.report = report
     opened(chrome, serving)
@@ -584,7 +587,7 @@ def test_five_hundred_contributions_are_drawn(chrome: Chrome, serving: Serving) 
 
 def test_an_empty_set_says_so(chrome: Chrome, serving: Serving) -> None:
     report = agreed()
-    report |= {"visible": [], "visible_count": 0, "peers": [], "merged": None}
+    report |= {"visible": [], "visible_count": 0, "ready_count": 0, "peers": [], "merged": None}
     serving.report = report
     opened(chrome, serving)
     assert text(chrome, "#verdict") == "No peers yet"
