@@ -34,6 +34,9 @@ def serve(
     resolve: Annotated[
         Path | None, typer.Option(metavar="OUT", help="Keep a merged checkpoint here up to date.")
     ] = None,
+    key_quota: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Fetch no more of one key's contributions, for example 50GB.")
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Allow plain HTTP beyond this machine.")] = False,
     period: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.05, help="Between two sessions, about; news travel at once.")
@@ -46,8 +49,11 @@ def serve(
     """
     import asyncio
 
+    from crdtmerge.cli.beginning import bytes_of
     from crdtmerge.gossip.node import Node
     from crdtmerge.pool.replica import Replica
+
+    quota = bytes_of(key_quota) if key_quota else None
 
     async def run() -> None:
         with Replica.open(pool) as replica:
@@ -59,6 +65,7 @@ def serve(
                 insecure=insecure,
                 period=period,
                 status=status,
+                key_quota=quota,
             )
             async with node:
                 _announce(node, as_json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Protocol
 
@@ -33,13 +34,18 @@ class Store(Protocol):
         ...
 
 
+KEY_OPS_MAX = 1_000_000
+"""Operations of one key that are taken from peers: 300 MB of them."""
+
+
 class Holding:
     """A replica in the eyes of gossip. Used by one thread at a time."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self, store: Store, key_ops_max: int = KEY_OPS_MAX) -> None:
+        self._store, self._key_ops_max = store, key_ops_max
         self._version: int | None = None
         self._index = Index()
+        self._of_key: Counter[bytes] = Counter()
         self.refresh()
 
     @property
@@ -69,13 +75,19 @@ class Holding:
         before = self._index
         orders = [(int.from_bytes(height, "big"), one) for height, one, _ in self.opset.tables.every("order")]
         self._index = Index(orders)
+        self._of_key = Counter(dot[:32] for dot, _, _ in self.opset.tables.every("dots"))
         return [self.opset.op(order[1]) for order in orders if not before.has(order)]
 
     def take(self, ops: Iterable[Op], manifests: Mapping[bytes, Manifest]) -> Joined:
-        """Take operations of others, as far as they can be taken."""
-        joined = self._store.join(ops, manifests)
+        """Take operations of others, as far as they can be taken, and no more of one key than is allowed."""
+        batch = list(ops)
+        over = [op for op in batch if self._of_key[op.author] >= self._key_ops_max and op.id not in self.opset]
+        joined = self._store.join([op for op in batch if op not in over] if over else batch, manifests)
         for op in joined.new:
             self._index.add(op.height, op.id)
+            self._of_key[op.author] += 1
+        why = f"its key has {self._key_ops_max} operations here: no more are taken from peers."
+        joined.refused.extend((op, why) for op in over)
         return joined
 
     def manifest(self, content: bytes) -> Manifest | None:

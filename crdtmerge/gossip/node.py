@@ -38,7 +38,7 @@ from crdtmerge.gossip.spread import PERIOD_SECONDS, Contact, Spread
 from crdtmerge.gossip.status import application
 from crdtmerge.gossip.uploads import Uploads
 from crdtmerge.replica.contribution import Manifest
-from crdtmerge.replica.op import Op
+from crdtmerge.replica.op import Add, Op, Unretract
 from crdtmerge.store.blobs import Blob
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Node:
         insecure: plain HTTP also beyond loopback.
         period: seconds between two sessions, about.
         status: ``HOST:PORT`` of its page, over plain HTTP.
+        key_quota: bytes of tensors that are fetched of one key's contributions.
     """
 
     def __init__(
@@ -77,9 +78,11 @@ class Node:
         insecure: bool = False,
         period: float = PERIOD_SECONDS,
         status: str | None = None,
+        key_quota: int | None = None,
         source: random.Random | None = None,
     ) -> None:
         self.replica, self._period, self._source = replica, period, source
+        self._key_quota = key_quota
         self._status = address.showing(status) if status and status != "off" else None
         self._listen = address.listening(listen, insecure=insecure) if listen else None
         self._peers = [address.peer(url, replica.peers, insecure=insecure) for url in peers]
@@ -103,7 +106,7 @@ class Node:
             self.key_file = replica.folder / "key.pem"
             self._key = await self.call(lambda: replica.key)
             self.holding = await self.call(Holding, replica)
-            self.receiving = replica.receiving()
+            self.receiving = replica.receiving(self._key_quota)
             await self.call(self.receiving.__enter__)
             opened.push_async_callback(self.call, self.receiving.__exit__, None, None, None)
             self.giving, self.uploads = replica.giving(), Uploads(self.receiving, self.call)
@@ -196,7 +199,8 @@ class Node:
     # ---- what it does by itself
 
     def _on_news(self, ops: list[Op]) -> None:
-        self._fetch_soon.set()
+        if any(isinstance(op.payload, Add | Unretract) for op in ops):
+            self._fetch_soon.set()
         if self.merged:
             self.merged.look()
 
@@ -229,6 +233,10 @@ class Node:
                 fetched = self.fetching.fetched
                 fetched.lacking += 1
             self._learn(fetched)
+            self.warnings |= {
+                f"quota {key.hex()}": f"{count} contributions of {key.hex()[:16]} are over its quota and not fetched."
+                for key, count in self.receiving.over_quota.items()
+            }
             if self.merged:
                 self.merged.look()
             if fetched.lacking:

@@ -252,11 +252,11 @@ class Replica:
 
         return Giving(self._room)
 
-    def receiving(self) -> Receiving:
-        """A context in which it takes blobs from others."""
+    def receiving(self, key_quota: int | None = None) -> Receiving:
+        """A context in which it takes blobs from others, of each key's contents at most so many bytes."""
         from crdtmerge.pool.transfer import Receiving
 
-        return Receiving(self._room)
+        return Receiving(self._room, key_quota)
 
     @property
     def recipe(self) -> Recipe:

@@ -96,8 +96,10 @@ class Giving:
 class Receiving:
     """What a replica takes, while in the context; a lease keeps what arrives from being collected."""
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, room: Room, key_quota: int | None = None) -> None:
+        self._room, self._key_quota = room, key_quota
+        self.over_quota: dict[bytes, int] = {}
+        """Keys of which not all contents are taken, and how many are not."""
         self._lease = Lease(room.database)
         self._partials = Partials(room.blobs, room.quota)
         self._needs: dict[bytes, set[bytes]] = {}
@@ -115,10 +117,10 @@ class Receiving:
             self._lease.__exit__(kind, error, trace)
 
     def lacking(self) -> Lacking:
-        """What contents with a live ADD need, and the base, and is not here."""
+        """What contents with a live ADD need, and the base, and is not here; not what is over its author's quota."""
         opset, genesis = self._room.opset, self._room.genesis
         ready = self._room.ready()
-        contents = [*([genesis.base] if genesis.base else []), *opset.held()]
+        contents = [*([genesis.base] if genesis.base else []), *self._within_quota(opset.held())]
         tensors: dict[bytes, Want] = {}
         self._needs.clear()
         for content in contents:
@@ -133,6 +135,23 @@ class Receiving:
         files = sorted(opset.attached() | set(genesis.files.values()))
         base = genesis.base if genesis.base and self._room.manifest(genesis.base) is None else None
         return Lacking(list(tensors.values()), [one for one in files if self._room.blobs.get(one) is None], base)
+
+    def _within_quota(self, contents: list[bytes]) -> list[bytes]:
+        """The contents whose first author has not too many bytes here with them; one's own count for nothing."""
+        self.over_quota.clear()
+        if self._key_quota is None:
+            return contents
+        own, used, within = self._room.author, dict[bytes, int](), []
+        firsts = {content: min(self._room.opset.live(content), key=lambda op: op.order) for content in contents}
+        for content in sorted(contents, key=lambda content: firsts[content].order):
+            author, manifest = firsts[content].author, self._room.manifest(content)
+            nbytes = sum(want.nbytes for want in _wants(manifest)) if manifest else 0
+            if author != own and used.get(author, 0) + nbytes > self._key_quota:
+                self.over_quota[author] = self.over_quota.get(author, 0) + 1
+                continue
+            used[author] = used.get(author, 0) + nbytes
+            within.append(content)
+        return within
 
     def keep_base(self, data: bytes) -> None:
         """Keep the manifest of the base. Raises FalsePeerError for another one."""
