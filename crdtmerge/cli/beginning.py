@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from crdtmerge.cli.console import emit, progress, tell
-from crdtmerge.cli.replica_options import AsJson, short
+from crdtmerge.cli.replica_options import AsJson, Exclude, MergedDtype, Missing, Settings, asked_recipe, short
 
 
 def init(
@@ -31,14 +31,10 @@ def init(
     strategy: Annotated[
         str | None, typer.Option(metavar="NAME", help="How the pool merges; weight_average by default.")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the strategy.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="D", help="Of merged models.")] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Tensors that are copied and not merged.")
-    ] = None,
-    missing: Annotated[str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")] = None,
+    settings: Settings = None,
+    dtype: MergedDtype = None,
+    exclude: Exclude = None,
+    missing: Missing = None,
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Take models with NaN and infinity; they propagate.")
     ] = False,
@@ -63,12 +59,10 @@ def init(
 
     Base, recipe and members are fixed in the pool's first record; replicas of different pools refuse to join.
     """
-    from crdtmerge.cli.merging import parsed
     from crdtmerge.cli.serving import begun_from
     from crdtmerge.errors import UsageError
     from crdtmerge.keys import Key
     from crdtmerge.pool.replica import Replica
-    from crdtmerge.resolve.asking import recipe_of
 
     own = Key.load(key) if key else None
     room = bytes_of(quota) if quota else None
@@ -79,16 +73,9 @@ def init(
                 raise UsageError("--from takes base, recipe and members from the pool that it joins; leave them out.")
             replica = begun_from(folder, source, own, room, show)
         else:
-            recipe, t = recipe_of(
-                strategy or "weight_average",
-                parsed(settings or []),
-                dtype=dtype,
-                exclude=exclude or (),
-                missing=missing,
-                allow_nonfinite=allow_nonfinite,
+            recipe = asked_recipe(
+                strategy or "weight_average", settings, dtype, exclude, missing, allow_nonfinite=allow_nonfinite
             )
-            if t is not None:
-                raise UsageError("t weighs two models by position; a pool's contributions have weights of their own.")
             replica = Replica.create(
                 folder,
                 recipe,

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from crdtmerge.recipe import Recipe
 
 PoolFolder = Annotated[
     Path, typer.Option("-C", "--pool", metavar="DIR", help="The replica's folder; by default this one.")
@@ -15,9 +18,42 @@ Reason = Annotated[str | None, typer.Option(metavar="TEXT", help="Why; everyone 
 Threads = Annotated[int | None, typer.Option(metavar="N", min=1, help="The bytes are the same for any number.")]
 ContentId = Annotated[str, typer.Argument(metavar="ID", help="A contribution's id, or its first digits.")]
 
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the strategy.")]
+MergedDtype = Annotated[str | None, typer.Option(metavar="D", help="Of merged models.")]
+Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors that are copied and not merged.")]
+Missing = Annotated[str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")]
+Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plain HTTP beyond this machine.")]
+
 HERE = Path()
 SHORT = 12
 """Digits of an id that people are shown; commands take any unambiguous number from four on."""
+
+
+def asked_recipe(
+    strategy: str,
+    settings: list[str] | None,
+    dtype: str | None,
+    exclude: list[str] | None,
+    missing: str | None,
+    *,
+    allow_nonfinite: bool = False,
+) -> Recipe:
+    """A pool's recipe, as it was asked for. Raises UsageError."""
+    from crdtmerge.cli.merging import parsed
+    from crdtmerge.errors import UsageError
+    from crdtmerge.resolve.asking import recipe_of
+
+    recipe, t = recipe_of(
+        strategy,
+        parsed(settings or []),
+        dtype=dtype,
+        exclude=exclude or (),
+        missing=missing,
+        allow_nonfinite=allow_nonfinite,
+    )
+    if t is not None:
+        raise UsageError("t weighs two models by position; a pool's contributions have weights of their own.")
+    return recipe
 
 
 def short(identity: bytes) -> str:

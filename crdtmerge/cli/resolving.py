@@ -9,7 +9,17 @@ from typing import Annotated, Any
 import typer
 
 from crdtmerge.cli.console import Memory, emit, progress, quoted, say, tell
-from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, Threads
+from crdtmerge.cli.replica_options import (
+    HERE,
+    AsJson,
+    Exclude,
+    MergedDtype,
+    Missing,
+    PoolFolder,
+    Settings,
+    Threads,
+    asked_recipe,
+)
 
 
 def resolve(
@@ -56,35 +66,20 @@ def recipe(
     strategy: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="The strategy from now on; left out: print the recipe.")
     ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A parameter of the strategy.")
-    ] = None,
-    dtype: Annotated[str | None, typer.Option(metavar="D", help="Of merged models.")] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="GLOB", help="Tensors that are copied and not merged.")
-    ] = None,
-    missing: Annotated[str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")] = None,
+    settings: Settings = None,
+    dtype: MergedDtype = None,
+    exclude: Exclude = None,
+    missing: Missing = None,
     pool: PoolFolder = HERE,
     as_json: AsJson = False,
 ) -> None:
     """Print the pool's recipe, or change it for everyone: that takes a curator. The base stays."""
-    from crdtmerge.cli.merging import parsed
     from crdtmerge.errors import UsageError
     from crdtmerge.pool.replica import Replica
-    from crdtmerge.resolve.asking import recipe_of
 
     with Replica.open(pool) as replica:
         if strategy is not None:
-            asked, t = recipe_of(
-                strategy,
-                parsed(settings or []),
-                dtype=dtype,
-                exclude=exclude or (),
-                missing=missing,
-            )
-            if t is not None:
-                raise UsageError("t weighs two models by position; a pool's contributions have weights of their own.")
-            replica.set_recipe(asked)
+            replica.set_recipe(asked_recipe(strategy, settings, dtype, exclude, missing))
         elif settings or dtype or exclude or missing:
             raise UsageError("name the strategy too: a recipe is replaced as a whole.")
         value = replica.recipe.canonical() | {"id": replica.recipe.id.hex()}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from crdtmerge.cli.console import emit, progress, say, tell
-from crdtmerge.cli.replica_options import HERE, AsJson, PoolFolder, counted, size
+from crdtmerge.cli.replica_options import HERE, AsJson, Insecure, PoolFolder, counted, size
 
 if TYPE_CHECKING:
     from crdtmerge.gossip.node import Node
@@ -37,7 +37,7 @@ def serve(
     key_quota: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Fetch no more of one key's contributions, for example 50GB.")
     ] = None,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plain HTTP beyond this machine.")] = False,
+    insecure: Insecure = False,
     period: Annotated[
         float, typer.Option(metavar="SECONDS", min=0.05, help="Between two sessions, about; news travel at once.")
     ] = 10.0,
@@ -120,7 +120,7 @@ def sync(
         str, typer.Argument(metavar="WHERE", help="A peer's URL, a folder, or a bucket (s3://bucket/prefix).")
     ],
     pool: PoolFolder = HERE,
-    insecure: Annotated[bool, typer.Option("--insecure", help="Allow plain HTTP beyond this machine.")] = False,
+    insecure: Insecure = False,
     as_json: AsJson = False,
 ) -> None:
     """Bring this replica and another, a folder or a bucket to the same set, both ways."""
