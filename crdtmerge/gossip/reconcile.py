@@ -43,8 +43,8 @@ LISTED_MAX = 32
 RANGES_MAX = 4096
 """Ranges of one message: openings have at most 40."""
 
-MESSAGE_BYTES_MAX = 1 << 20
-"""A message: ids take 32 bytes, a fingerprint with its bound some 40."""
+MESSAGE_BYTES_MAX = 192 << 10
+"""A message: ids take 32 bytes, a fingerprint with its bound some 40. It shares a frame with operations."""
 
 SAME, PRINT, IDS, ASK = range(4)
 

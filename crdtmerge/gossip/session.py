@@ -58,6 +58,7 @@ class Opener:
         self._offered: dict[bytes, None] = {}
         self._pending: dict[bytes, Op] = {}
         self._sending: list[bytes] = []
+        self._given: set[bytes] = set()
         self._first = True
         self.summary = Summary()
         self.missing: set[bytes] = set()
@@ -107,6 +108,7 @@ class Opener:
 
     def delivered(self) -> None:
         """The manifests that the other side lacked are there now."""
+        self._given |= self.unknown_there
         self.unknown_there.clear()
 
     def _learn(self, answer: Answer) -> None:
@@ -152,11 +154,14 @@ class Opener:
         return bool(joined.new) or bool(self._pending.keys() - waited)
 
     def _after_sending(self, answer: Answer) -> None:
-        """Count what was sent; what waits there for a manifest is sent again with it."""
-        again = {one for one in self._sending if self._content(one) in set(answer.lacks)}
-        self.unknown_there |= {content for one in again if (content := self._content(one)) is not None}
-        self._offered.update((one, None) for one in again)
-        self.summary.sent += len(self._sending) - len(again)
+        """Count what was sent; what waits there for a manifest, and what came after it, is sent again, once."""
+        lacks = set(answer.lacks) - self._given
+        waits = [self._content(one) in lacks for one in self._sending]
+        first = waits.index(True) if True in waits else len(waits)
+        again = self._sending[first:]
+        self.unknown_there |= {content for one in again if (content := self._content(one)) in lacks and content}
+        self._offered = {**dict.fromkeys(again), **self._offered}
+        self.summary.sent += first
         self._sending = []
 
     def _content(self, identity: bytes) -> bytes | None:

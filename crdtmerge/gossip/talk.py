@@ -56,25 +56,25 @@ async def push(
 ) -> tuple[Summary, bool]:
     """Send operations that the peer may not have yet; whether it needs a whole session to take them."""
     summary, left, behind = Summary(), list(ids), False
+    given: set[bytes] = set()
     while left or (statements and not summary.rounds):
         ops, manifests = await call(holding.payload, left)
         said = statements.newest() if statements and not summary.rounds else ()
         request = Request(holding.pool, ops=tuple(op.wire for op in ops), manifests=tuple(manifests), said=tuple(said))
         answer = await _exchanged(link, request, summary)
-        lacks = {op.id for op in ops if getattr(op.payload, "content", None) in answer.lacks}
         if statements:
             statements.take(answer.said)
-        for content in answer.lacks:
+        contents = [getattr(op.payload, "content", None) for op in ops]
+        lacks = set(answer.lacks) & set(contents) - given
+        waits = [content in lacks for content in contents]
+        first = waits.index(True) if True in waits else len(ops)  # what came after it may have waited for it
+        for content in lacks:
             await _give(holding, link, call, content)
-        sent = {op.id for op in ops} - (lacks if summary.rounds < _TRIES else set())
-        summary.sent += len(sent)
-        left = [one for one in left if one not in sent] if ops else []
-        behind = behind or answer.behind
+        given |= lacks
+        summary.sent += first
+        left = left[first:] if ops else []
+        behind = behind or (answer.behind and not lacks)
     return summary, behind
-
-
-_TRIES = 64
-"""Rounds of one push in which a manifest may still be asked for."""
 
 
 async def _exchanged(link: Link, request: Request, summary: Summary) -> Answer:

@@ -79,3 +79,13 @@ def test_more_than_a_message_holds_takes_more_messages() -> None:
     fresh = MemoryStore(3)
     assert len(converse(Holding(fresh), Holding(one)).received) == 5000
     assert fresh.opset.state_root == one.opset.state_root
+
+
+def test_what_builds_on_a_large_manifest_travels_with_it() -> None:
+    one, other = MemoryStore(1), MemoryStore(2)
+    for number in range(3):
+        added = one.add(b"%d" % number, tensors=3000)
+        one.write(Remove((added.id,)))
+    summary = converse(Holding(one), Holding(other))
+    assert one.opset.state_root == other.opset.state_root
+    assert summary.sent == 6
