@@ -6,6 +6,8 @@ Storage types that numpy lacks are handled as unsigned integers of the same size
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,14 @@ class DType:
     def itemsize(self) -> int:
         """Bytes an element, for types of whole bytes."""
         return self.bits // 8
+
+    def nbytes(self, shape: Iterable[int]) -> int:
+        """Bytes of a tensor.
+
+        >>> DTYPES["F4"].nbytes((3, 2))
+        3
+        """
+        return math.prod(shape) * self.bits // 8
 
     @property
     def floating(self) -> bool:

@@ -49,7 +49,7 @@ class Memory:
 
 
 def _room(dtype: DType, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return np.empty(int(np.prod(shape, dtype=np.int64)) * dtype.itemsize, np.uint8)
+    return np.empty(dtype.nbytes(shape), np.uint8)
 
 
 class Merged(Mapping[str, "Tensor"]):

@@ -90,7 +90,7 @@ class HeldSource:
         self.label = f"contribution {manifest.id.hex()[:16]}"
         self._held = {row.name: tensors[row.digest] for row in manifest.rows}
         self.entries: Mapping[str, Entry] = {
-            row.name: Entry(row.name, held.dtype, held.shape, 0, _nbytes(held))
+            row.name: Entry(row.name, held.dtype, held.shape, 0, held.dtype.nbytes(held.shape))
             for row, held in zip(manifest.rows, self._held.values(), strict=True)
         }
         self.path: Path | None = None
@@ -146,13 +146,6 @@ def _refuse_changed(entries: Mapping[str, Entry], name: str, held: Held, where: 
         raise ChangedError(
             f"{where}: tensor {name!a} {found}; it was {held.dtype.name} {list(held.shape)} when it was added."
         )
-
-
-def _nbytes(held: Held) -> int:
-    bits = held.dtype.bits
-    for size in held.shape:
-        bits *= size
-    return bits // 8
 
 
 class Taken(NamedTuple):

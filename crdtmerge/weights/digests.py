@@ -52,7 +52,7 @@ def piece_digests(data: bytes | bytearray | memoryview | NDArray[Any]) -> bytes:
 
 def tensor_digest(dtype: DType, shape: tuple[int, ...], pieces: bytes) -> bytes:
     """A tensor's digest, 32 bytes, from the joined digests of its pieces."""
-    count = int(np.prod(shape, dtype=object)) * dtype.bits // 8
+    count = dtype.nbytes(shape)
     assert len(pieces) == 32 * -(-count // limits.PIECE_BYTES), "one digest of 32 bytes for each piece"
     return digest("tensor", {"dtype": dtype.name, "shape": list(shape), "bytes": count, "pieces": pieces})
 

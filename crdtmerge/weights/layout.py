@@ -79,7 +79,7 @@ def header_bytes(tensors: Sequence[Tensor]) -> bytes:
     table: dict[str, object] = {METADATA: {"format": "pt"}}
     at = 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: (_RANK[tensor[1].name], tensor[0])):
-        end = at + _nbytes(dtype, shape)
+        end = at + dtype.nbytes(shape)
         table[name] = {"dtype": dtype.name, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(table, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
@@ -112,19 +112,12 @@ def _check_names(names: Sequence[str]) -> None:
         raise OutputError(f"tensors {some(twice)} cannot be written: the name is taken.")
 
 
-def _nbytes(dtype: DType, shape: tuple[int, ...]) -> int:
-    bits = dtype.bits
-    for size in shape:
-        bits *= size
-    return bits // 8
-
-
 def _shards(ordered: Sequence[Tensor], shard_bytes: int) -> list[list[Tensor]]:
     shards: list[list[Tensor]] = []
     current: list[Tensor] = []
     filled = 0
     for tensor in ordered:
-        nbytes = _nbytes(tensor[1], tensor[2])
+        nbytes = tensor[1].nbytes(tensor[2])
         if nbytes > shard_bytes:
             shards.append([tensor])
             continue
@@ -140,7 +133,7 @@ def _file(name: str, tensors: Sequence[Tensor]) -> OutputFile:
     header = header_bytes(tensors)
     if len(header) > limits.HEADER_BYTES_MAX:
         raise OutputError(f"{name}: a header of {len(header)} bytes; readers stop at 100 MB. Use more shards.")
-    data_bytes = sum(_nbytes(dtype, shape) for _, dtype, shape in tensors)
+    data_bytes = sum(dtype.nbytes(shape) for _, dtype, shape in tensors)
     try:
         entries = parse_header(header[LENGTH_BYTES:], data_bytes, name)
     except HeaderError as fault:
