@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from crdtmerge.errors import CrdtMergeError
+    from crdtmerge.gossip.anywhere import sync
     from crdtmerge.gossip.node import Node
     from crdtmerge.keys import Key
     from crdtmerge.pool.replica import Replica
@@ -40,6 +41,7 @@ _HOMES = {
     "Strategy": "crdtmerge.strategies.protocol",
     "Verdict": "crdtmerge.resolve.verify",
     "merge": "crdtmerge.resolve.merge",
+    "sync": "crdtmerge.gossip.anywhere",
     "verify": "crdtmerge.pool.verifying",
 }
 
@@ -57,6 +59,7 @@ __all__ = [
     "Verdict",
     "__version__",
     "merge",
+    "sync",
     "verify",
 ]
 

@@ -59,7 +59,6 @@ def init(
 
     Base, recipe and members are fixed in the pool's first record; replicas of different pools refuse to join.
     """
-    from crdtmerge.cli.serving import begun_from
     from crdtmerge.errors import UsageError
     from crdtmerge.keys import Key
     from crdtmerge.pool.replica import Replica
@@ -71,7 +70,9 @@ def init(
             asked = (base, like, settings, curator, members_only, dtype, exclude, missing, strategy, allow_nonfinite)
             if any(asked):
                 raise UsageError("--from takes base, recipe and members from the pool that it joins; leave them out.")
-            replica = begun_from(folder, source, own, room, show)
+            from crdtmerge.gossip import anywhere
+
+            replica = anywhere.begin(folder, source, key=own, quota=room, progress=show)
         else:
             recipe = asked_recipe(
                 strategy or "weight_average", settings, dtype, exclude, missing, allow_nonfinite=allow_nonfinite

@@ -12,9 +12,6 @@ from crdtmerge.cli.replica_options import HERE, AsJson, Insecure, PoolFolder, co
 
 if TYPE_CHECKING:
     from crdtmerge.gossip.node import Node
-    from crdtmerge.keys import Key
-    from crdtmerge.pool.replica import Replica
-    from crdtmerge.pool.room import Progress
 
 STATUS = "127.0.0.1:7071"
 
@@ -68,8 +65,8 @@ def serve(
                 key_quota=quota,
             )
             async with node:
-                _announce(node, as_json)
                 _stop_on_signals(node)
+                _announce(node, as_json)
                 await node.stopped()
 
     asyncio.run(run())
@@ -96,25 +93,6 @@ def _stop_on_signals(node: Node) -> None:
         loop.add_signal_handler(number, node.stop)
 
 
-def begun_from(folder: Path, source: str, key: Key | None, quota: int | None, show: Progress) -> Replica:
-    """A new replica of an existing pool."""
-    import asyncio
-
-    from crdtmerge.errors import UsageError
-    from crdtmerge.gossip import address
-    from crdtmerge.gossip.sync import begin_from_peer
-    from crdtmerge.pool.replica import Replica
-
-    if address.is_url(source):
-        invitation = address.invitation(source)
-        if invitation is None:
-            raise UsageError(
-                f"{source}: is no invitation. Whoever runs that peer makes one with: crdtmerge keys invite {source}"
-            )
-        return asyncio.run(begin_from_peer(folder, invitation, key, quota=quota, progress=show))
-    return Replica.of_bundle(folder, Path(source), key=key, quota=quota, progress=show)
-
-
 def sync(
     where: Annotated[
         str, typer.Argument(metavar="WHERE", help="A peer's URL, a folder, or a bucket (s3://bucket/prefix).")
@@ -124,14 +102,11 @@ def sync(
     as_json: AsJson = False,
 ) -> None:
     """Bring this replica and another, a folder or a bucket to the same set, both ways."""
-    import asyncio
-
-    from crdtmerge.gossip import address
-    from crdtmerge.gossip.sync import sync_peer
+    from crdtmerge.gossip import anywhere
     from crdtmerge.pool.replica import Replica
 
     with Replica.open(pool) as replica, progress(quiet=as_json) as show:
-        done = asyncio.run(sync_peer(replica, address.peer(where, replica.peers, insecure=insecure), progress=show))
+        done = anywhere.sync(replica, where, insecure=insecure, progress=show)
     if as_json:
         emit(done.document)
         return
@@ -140,3 +115,7 @@ def sync(
     tell(f"  root {done.root}")
     if done.lacking:
         say(f"note: {counted(done.lacking, 'blob')} that this pool needs are not there either")
+    if done.ignored:
+        say(f"note: {counted(done.ignored, 'name')} there mean nothing to us and were ignored")
+    for name, why in [*done.false.items(), *done.failing.items()]:
+        say(f"note: {name}: {why}")

@@ -81,7 +81,10 @@ def invitation(text: str) -> Invitation | None:
         return None
     if len(secret) != 2 * SECRET_BYTES or set(secret) - set("0123456789abcdef"):
         raise UsageError(f"{text}: is no invitation; copy all of what `crdtmerge keys invite` printed.")
-    return Invitation(peer(f"{plain.rstrip('/')}#{key}"), bytes.fromhex(secret))
+    where = peer(f"{plain.rstrip('/')}#{key}")
+    if where.key is None:
+        raise UsageError(f"{text}: invitations need TLS: https://HOST:PORT.")
+    return Invitation(where, bytes.fromhex(secret))
 
 
 def is_url(text: str) -> bool:

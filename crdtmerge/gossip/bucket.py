@@ -23,12 +23,15 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
+from urllib.parse import unquote, urlsplit
 
 from crdtmerge import limits
 from crdtmerge.errors import FalsePeerError, InputError, OutputError, PeerError, UsageError
 from crdtmerge.gossip import objects
 from crdtmerge.gossip.fetch import Call, Fetch
-from crdtmerge.gossip.places import Folder, Place, place_of
+from crdtmerge.gossip.folder import Folder
+from crdtmerge.gossip.object_store import Bucket
+from crdtmerge.gossip.places import Place
 from crdtmerge.gossip.stored import BucketReport, Stored
 from crdtmerge.gossip.stored_blobs import Offered, StoredBlobs
 from crdtmerge.gossip.stored_ops import StoredOps
@@ -39,9 +42,18 @@ from crdtmerge.pool.room import Progress, silent
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.store.leases import Lease
 
-__all__ = ["BucketReport", "begin_from_bucket", "genesis_of", "sync_bucket"]
+__all__ = ["BucketReport", "begin_from_bucket", "genesis_of", "place_of", "sync_bucket"]
 
 Entered = TypeVar("Entered")
+
+
+def place_of(where: str | Path | Place) -> Place:
+    """A folder's path, or a URL such as s3://bucket/prefix, as a place. Raises UsageError."""
+    if not isinstance(where, str | Path):
+        return where
+    if isinstance(where, Path) or "://" not in where:
+        return Folder(Path(where))
+    return Folder(Path(unquote(urlsplit(where).path))) if where.startswith("file://") else Bucket.of_url(where)
 
 
 async def sync_bucket(

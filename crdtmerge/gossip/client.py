@@ -115,13 +115,15 @@ class HttpPeer:
         return await self._call("GET", f"/v1/tree/{digest.hex()}", bytes_max=bytes_max, absent=True)
 
     async def stretch(self, digest: bytes, begin: int, end: int) -> AsyncIterator[bytes]:
-        """Bytes of a tensor."""
+        """Bytes of a tensor, none where it is not there."""
         headers = {"Range": f"bytes={begin}-{end - 1}"}
-        async with self._asking("GET", f"/v1/blob/{digest.hex()}", None, headers, stalled=True) as response:
+        async with self._asking("GET", f"/v1/blob/{digest.hex()}", None, headers, None) as response:
+            if response.status == 404:
+                return
             if response.status != 206:
                 raise PeerError(f"{self.url} answers {response.status} to a range of {digest.hex()[:16]}.")
             left = end - begin
-            async for data in response.content.iter_any():
+            async for data in self._arriving(response):
                 left -= len(data)
                 if left < 0:
                     raise FalsePeerError(f"{self.url} sends more than was asked for.")
@@ -162,7 +164,7 @@ class HttpPeer:
     ) -> bytes | None:
         """Ask and read the whole answer; None for one that may be absent and is."""
         began = time.monotonic()
-        async with self._asking(method, path, data, headers or {}) as response:
+        async with self._asking(method, path, data, headers or {}, bytes_max) as response:
             if response.status == 404 and absent:
                 return None
             if response.status != 200:
@@ -170,7 +172,7 @@ class HttpPeer:
             if (response.content_length or 0) > bytes_max:
                 raise FalsePeerError(f"{self.url} answers {path} with {response.content_length} bytes.")
             body = bytearray()
-            async for chunk in response.content.iter_any():
+            async for chunk in self._arriving(response):
                 body += chunk
                 if len(body) > bytes_max:
                     raise FalsePeerError(f"{self.url} answers {path} with more than {bytes_max} bytes.")
@@ -185,13 +187,23 @@ class HttpPeer:
             raise PoolMismatchError(f"{self.url}: {text}")
         raise PeerError(f"{self.url} answers {response.status} to {path}: {text[:300]}")
 
+    async def _arriving(self, response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
+        """What comes of an answer, as long as it does not come too slowly; the time between two asks does not count."""
+        waited, came, began = 0.0, 0, time.monotonic()
+        while data := await response.content.readany():
+            waited, came = waited + time.monotonic() - began, came + len(data)
+            if waited > self.trips.deadline + came / SLOWEST_RATE:
+                raise PeerError(f"{self.url} sends less than {SLOWEST_RATE} bytes a second.")
+            yield data
+            began = time.monotonic()
+
     @asynccontextmanager
     async def _asking(
-        self, method: str, path: str, data: bytes | None, headers: Mapping[str, str], *, stalled: bool = False
+        self, method: str, path: str, data: bytes | None, headers: Mapping[str, str], bytes_max: int | None
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        """A request under its deadline; ``stalled``: a long answer may take its time as long as something comes."""
+        """A request under its deadline; ``bytes_max`` None: the answer may take as long as it comes fast enough."""
         deadline = self.trips.deadline
-        total = None if stalled else deadline + len(data or b"") / SLOWEST_RATE + limits.MIB / SLOWEST_RATE
+        total = None if bytes_max is None else deadline + (len(data or b"") + bytes_max + limits.MIB) / SLOWEST_RATE
         timeout = aiohttp.ClientTimeout(total=total, sock_connect=CONNECT_SECONDS, sock_read=deadline + FIRST_SECONDS)
         self.bytes_sent += len(data or b"")
         try:

@@ -1,8 +1,9 @@
 """Fetching the blobs that a replica lacks, from several sources at once.
 
 Every source takes the next stretch of the first blob that it may have, so that fast ones do more and slow ones hold
-nothing up. What one source fails to bring goes back into the queue for the others. Pieces are checked when they are
-written: a source that serves wrong bytes is dropped and reported. What is on disk is never fetched again.
+nothing up. What one source fails to bring goes back into the queue, and the others wait for that until nothing is
+underway any more. Pieces are checked when they are written: a source that serves wrong bytes is dropped and reported.
+What is on disk is never fetched again.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class Source(Protocol):
         ...
 
     def stretch(self, digest: bytes, begin: int, end: int) -> AsyncIterator[bytes]:
-        """Bytes of a tensor."""
+        """Bytes of a tensor; none where it is not there."""
         ...
 
 
@@ -87,7 +88,6 @@ class Transfer:
     partial: Partial | None = None
     stretches: deque[tuple[int, int]] = field(default_factory=deque)
     underway: int = 0
-    opening: bool = False
     closed: bool = False
     absent: set[str] = field(default_factory=set)
     sources: set[str] = field(default_factory=set)
@@ -111,14 +111,17 @@ class Fetch:
     ) -> None:
         self._receiving, self._call, self._progress = receiving, call, progress
         self._sources = {source.name: source for source in sources}
-        self._transfers: list[Transfer] = []
+        self._waiting: dict[bytes, Transfer] = {}
+        self._begun: dict[bytes, Transfer] = {}
+        self._elsewhere = 0
+        self._moved = asyncio.Event()
         self._done, self._total = 0, 0
         self.fetched = Fetched()
 
     @property
     def underway(self) -> list[Transfer]:
         """The blobs that are being fetched."""
-        return [one for one in self._transfers if one.partial is not None and not one.closed]
+        return [one for one in self._begun.values() if one.partial is not None]
 
     async def run(self) -> Fetched:
         """Fetch what can be had. Raises StorageError; sources that fail are named in the result."""
@@ -126,23 +129,21 @@ class Fetch:
         self._total = lacking.nbytes
         for source in list(self._sources.values()):
             lacking = await self._fetch_small(source, lacking)
-        self._transfers = [Transfer(want) for want in lacking.tensors if not want.whole]
+        self._waiting = {want.digest: Transfer(want) for want in lacking.tensors if not want.whole}
         committing = asyncio.create_task(self._commit_now_and_then())
         try:
-            before = -1
-            while self._sources and before != self._done and self._left():
-                before = self._done
-                async with asyncio.TaskGroup() as group:
-                    for source in list(self._sources.values()):
-                        for _ in range(STRETCHES_A_SOURCE):
-                            group.create_task(self._work(source))
+            async with asyncio.TaskGroup() as group:
+                for source in list(self._sources.values()):
+                    for _ in range(STRETCHES_A_SOURCE):
+                        group.create_task(self._work(source))
         except BaseExceptionGroup as faults:
             raise _first(faults) from None
         finally:
             committing.cancel()
             await self._call(self._receiving.commit)
-        small = sum(want.whole for want in lacking.tensors)
-        self.fetched.lacking = len(self._left()) + small + len(lacking.files) + (lacking.base is not None)
+        large = len(self._waiting) + len(self._begun) + self._elsewhere
+        small = sum(want.whole for want in lacking.tensors) + len(lacking.files) + (lacking.base is not None)
+        self.fetched.lacking = large + small
         return self.fetched
 
     async def _lacking(self) -> Lacking:
@@ -159,9 +160,6 @@ class Fetch:
             except PeerError as fault:
                 self._leave(source, fault)
         return lacking
-
-    def _left(self) -> list[Transfer]:
-        return [one for one in self._transfers if not one.closed]
 
     # ---- blobs that travel whole
 
@@ -197,9 +195,15 @@ class Fetch:
     # ---- blobs that travel in pieces
 
     async def _work(self, source: Source) -> None:
-        """Take one stretch after another until there is none for this source."""
+        """Take one stretch after another until there is none for this source, and none can come back."""
         failures = 0
-        while source.name in self._sources and (one := self._next(source)) is not None:
+        while source.name in self._sources:
+            one = self._next(source)
+            if one is None:
+                if not self._may_come_back(source):
+                    return
+                await self._moved.wait()
+                continue
             try:
                 if one.partial is None:
                     await self._open(one, source)
@@ -212,21 +216,33 @@ class Fetch:
                 failures += 1
                 if failures >= FAILURES_MAX:
                     self._leave(source, fault)
+            if one.partial is not None and one.partial.complete and not one.closed and not one.underway:
+                await self._close(one)
+            self._moved.set()
+            self._moved = asyncio.Event()
 
     def _next(self, source: Source) -> Transfer | None:
-        left = self._left()[:OPEN_MAX]
-        return next(
-            (
-                one
-                for one in left
-                if source.name not in one.absent and (one.stretches or (one.partial is None and not one.opening))
-            ),
-            None,
-        )
+        for one in self._begun.values():
+            if one.stretches and source.name not in one.absent:
+                return one
+        if sum(map(self._is_live, self._begun.values())) >= OPEN_MAX:
+            return None
+        return next((one for one in self._waiting.values() if source.name not in one.absent), None)
+
+    def _is_live(self, one: Transfer) -> bool:
+        """Whether a blob that was begun can go on in this fetch."""
+        return bool(one.underway or self._sources.keys() - one.absent)
+
+    def _may_come_back(self, source: Source) -> bool:
+        """Whether others have something in hand that this source could take over."""
+        waits = any(source.name not in one.absent for one in self._waiting.values())
+        return any(one.underway and (waits or source.name not in one.absent) for one in self._begun.values())
 
     async def _open(self, one: Transfer, source: Source) -> None:
         """Find out which pieces are lacking."""
-        one.opening = True
+        digest = one.want.digest
+        self._begun[digest] = self._waiting.pop(digest)
+        one.underway += 1
         try:
             partial = await self._call(self._receiving.begun, one.want)
             if partial is None:
@@ -235,17 +251,18 @@ class Fetch:
                     one.absent.add(source.name)
                     return
                 partial = await self._call(self._receiving.begin, one.want, tree)
-            if partial is None:  # another process fetches it
-                one.closed = True
+            if partial is None:  # another process fetches it, or did
+                del self._begun[digest]
+                self._elsewhere += 1
                 return
             one.partial = partial
             one.stretches.extend(runs(partial.lacks(), STRETCH_PIECES))
             self.fetched.resumed_bytes += partial.done_bytes
             self._advance(partial.done_bytes)
-            if partial.complete:
-                await self._close(one)
         finally:
-            one.opening = False
+            one.underway -= 1
+            if one.partial is None and self._begun.pop(digest, None) is not None:
+                self._waiting[digest] = one
 
     async def _stretch(self, one: Transfer, source: Source) -> None:
         """Fetch one stretch, piece by piece; what does not come goes back into the queue."""
@@ -273,18 +290,22 @@ class Fetch:
                         writing = asyncio.create_task(self._write(one.partial, number, buffer))
                         number += 1
                         buffer, filled = bytearray(tree.piece_bytes(number) if number < end else 0), 0
+            if number == first and not filled:
+                one.absent.add(source.name)
+            elif number < end:
+                raise PeerError(f"{source.name} ends before byte {last} of {tree.digest.hex()}.")
             if writing is not None:
                 await self._wrote(writing)
-            if number < end:
-                raise PeerError(f"{source.name} ends before byte {last} of {tree.digest.hex()}.")
+        except PeerError:
+            if writing is not None:  # wrong bytes say more of a source than that it broke off
+                await self._wrote(writing)
+            raise
         finally:
             if writing is not None:
                 await asyncio.gather(writing, return_exceptions=True)
             one.underway -= 1
             one.sources.discard(source.name)
             one.stretches.extend(runs((n for n in one.partial.lacks() if first <= n < end), STRETCH_PIECES))
-        if one.partial.complete and not one.closed and not one.underway:
-            await self._close(one)
 
     async def _write(self, partial: Partial, number: int, data: bytearray) -> int:
         await asyncio.to_thread(self._receiving.write, partial, number, data)
@@ -296,6 +317,7 @@ class Fetch:
     async def _close(self, one: Transfer) -> None:
         one.closed = True
         await self._call(self._receiving.finish, one.partial)
+        self._begun.pop(one.want.digest, None)
         self.fetched.blobs += 1
 
     # ---- both

@@ -45,6 +45,7 @@ class Holding:
         self._store, self._key_ops_max = store, key_ops_max
         self._version: int | None = None
         self._index = Index()
+        self._news: list[Op] = []
         self._of_key: Counter[bytes] = Counter()
         self.refresh()
 
@@ -61,22 +62,27 @@ class Holding:
     @property
     def index(self) -> Index:
         """The operations in their order, as they are now."""
-        self.refresh()
+        self._look()
         return self._index
 
     def refresh(self) -> list[Op]:
-        """Look whether another process wrote; the operations that came that way."""
+        """Look whether another process wrote; the operations that came that way since this was last asked."""
+        self._look()
+        news, self._news = self._news, []
+        return news
+
+    def _look(self) -> None:
         version = self._store.version()
         if version == self._version:
-            return []
+            return
         self._version = version
         if len(self.opset) == len(self._index):  # operations never go: as many are the same
-            return []
+            return
         before = self._index
         orders = [(int.from_bytes(height, "big"), one) for height, one, _ in self.opset.tables.every("order")]
         self._index = Index(orders)
         self._of_key = Counter(dot[:32] for dot, _, _ in self.opset.tables.every("dots"))
-        return [self.opset.op(order[1]) for order in orders if not before.has(order)]
+        self._news += [self.opset.op(order[1]) for order in orders if not before.has(order)]
 
     def take(self, ops: Iterable[Op], manifests: Mapping[bytes, Manifest]) -> Joined:
         """Take operations of others, as far as they can be taken, and no more of one key than is allowed."""

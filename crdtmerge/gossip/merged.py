@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SETTLE_SECONDS = 0.5
 """After a change: more of them often follow."""
 
+AGAIN_SECONDS = 30.0
+"""After a merge that failed, if the set stays the same."""
+
 
 class KeptMerged:
     """Keeps ``out`` merged."""
@@ -36,29 +39,31 @@ class KeptMerged:
 
     async def run(self) -> None:
         """Merge whenever the set is another, and all of it is here."""
-        done: object = None
+        done = failed = None
         while True:
             await self._changed.wait()
             self._changed.clear()
-            wanted = await self._node.call(self._wanted)
-            if wanted == done:
-                continue
-            if self.message is not None and self.state == "waiting":
-                continue
-            await asyncio.sleep(SETTLE_SECONDS)
-            self.state, self.message = "merging", None
             try:
+                wanted, lacks = await self._node.call(self._wanted)
+                if lacks is not None or wanted == done:
+                    self.state, self.message = "current" if lacks is None else "waiting", lacks
+                    continue
+                if failed is not None and failed[0] == wanted and time.monotonic() < failed[1]:
+                    continue
+                await asyncio.sleep(SETTLE_SECONDS)
+                self.state, self.message = "merging", None
                 resolved: Resolved = await asyncio.to_thread(self._node.replica.resolve_to, self.out)
+                done = resolved.receipt.merge_id
+                await self._say(resolved)
             except CrdtMergeError as fault:
                 self.state, self.message = "failed", str(fault)
+                failed = wanted, time.monotonic() + AGAIN_SECONDS
                 continue
-            done = resolved.receipt.merge_id
-            await self._say(resolved)
             self.state = "current"
             self.look()
 
-    def _wanted(self) -> bytes | None:
-        """The merge id of the set as it is, None where not all of it is here."""
+    def _wanted(self) -> tuple[bytes, str | None]:
+        """The merge id of the set as it is, and what is not here of it."""
         replica = self._node.replica
         with replica.snapshot():
             visible, ready = replica.visible, replica.ready()
@@ -67,12 +72,8 @@ class KeptMerged:
             if base is not None and not replica.is_ready(base):
                 lacking.append(base)
             identity = merge_id(replica.root, replica.recipe)
-        self.message = None
-        if not visible:
-            self.state, self.message = "waiting", "the visible set is empty."
-        elif lacking:
-            self.state, self.message = "waiting", f"{len(lacking)} of its contributions are not here yet."
-        return identity
+        lacks = f"{len(lacking)} of its contributions are not here yet." if lacking else None
+        return identity, lacks if visible else "the visible set is empty."
 
     async def _say(self, resolved: Resolved) -> None:
         """Tell the peers what this merge came to."""

@@ -168,9 +168,9 @@ class _Fields:
         """Why operations were refused, by id."""
         found = self.value("refused") or []
         try:
-            pairs = {bytes(one): str(why)[:200] for one, why in found}
+            pairs = [(one, why) for one, why in found]
         except (ValueError, TypeError):
-            pairs = None
-        if pairs is None or len(pairs) > REFUSED_MAX:
+            pairs = [(None, None)]
+        if len(pairs) > REFUSED_MAX or not all(isinstance(one, bytes) and isinstance(why, str) for one, why in pairs):
             raise FalsePeerError("what a message says of refused operations is malformed.")
-        return pairs
+        return {one: why[:200] for one, why in pairs}

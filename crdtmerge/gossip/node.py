@@ -4,13 +4,15 @@
         await node.stopped()
 
 Everything on the replica's database that gossip does runs in one thread, one thing after the other; blobs are written
-in threads of their own.
+in threads of their own. A fault of the replica or of a peer is said on the status page and tried again; any other ends
+the node, which never runs on by halves.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -37,6 +39,7 @@ from crdtmerge.gossip.server import HttpServer
 from crdtmerge.gossip.spread import PERIOD_SECONDS, Contact, Spread
 from crdtmerge.gossip.status import application
 from crdtmerge.gossip.uploads import Uploads
+from crdtmerge.pool.peers import Peer
 from crdtmerge.replica.contribution import Manifest
 from crdtmerge.replica.op import Add, Op, Unretract
 from crdtmerge.store.blobs import Blob
@@ -87,10 +90,15 @@ class Node:
         self._listen = address.listening(listen, insecure=insecure) if listen else None
         self._peers = [address.peer(url, replica.peers, insecure=insecure) for url in peers]
         self._database = ThreadPoolExecutor(1, thread_name_prefix="crdtmerge-gossip")
-        self._ahead: OrderedDict[bytes, Manifest] = OrderedDict()
+        self._ahead: OrderedDict[bytes, tuple[Manifest, int]] = OrderedDict()
         self._fetch_soon = asyncio.Event()
         self._stop = asyncio.Event()
+        self._fault: BaseException | None = None
         self._trusted: set[bytes] = set()
+        self._known: set[bytes] = set()
+        self._refused: set[bytes] = set()
+        self._anchored: set[bytes] = set()
+        self._context: ssl.SSLContext | None = None
         self._out = Path(resolve) if resolve is not None else None
         self.fetching: Fetch | None = None
         self.fetched = Fetched()
@@ -118,17 +126,19 @@ class Node:
                 period=self._period,
                 on_news=self._on_news,
                 on_starving=self._feed,
+                on_fault=self._failed,
             )
             opened.push_async_callback(self.spread.close)
             self.merged = KeptMerged(self, self._out) if self._out else None
+            self._follow(await self.call(self.replica.peers.every))
             self.server = await self._serving(opened)
-            for where in self._peers:
-                self.meet(where)
             reporter = Reporter(self)
             self.status_url = await self._showing(opened, reporter)
             tasks = [asyncio.create_task(one) for one in (self._watch(), self._fetch(), reporter.run())]
             if self.merged:
                 tasks.append(asyncio.create_task(self.merged.run()))
+            for task in tasks:
+                task.add_done_callback(self._ended)
             opened.push_async_callback(_cancelled, tasks)
             self._opened = opened.pop_all()
         self._fetch_soon.set()
@@ -145,8 +155,18 @@ class Node:
         self._stop.set()
 
     async def stopped(self) -> None:
-        """Wait until ``stop``."""
+        """Wait until ``stop``. Raises what ended the node before."""
         await self._stop.wait()
+        if self._fault is not None:
+            raise self._fault
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            self._failed(fault)
+
+    def _failed(self, fault: BaseException) -> None:
+        self._fault = self._fault or fault
+        self._stop.set()
 
     async def call(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """Run something on the replica, after what is running."""
@@ -164,11 +184,9 @@ class Node:
     async def _serving(self, opened: AsyncExitStack) -> HttpServer | None:
         if self._listen is None:
             return None
-        self._trusted = {peer.key for peer in await self.call(self.replica.peers.every)}
-        self._trusted |= {where.key for where in self._peers if where.key}
-        self._context = None
         if self._listen.scheme == "https":
             self._context = tls.server_context(self.key_file, self.key, self._trusted)
+            self._anchored = set(self._trusted)
         try:
             return await opened.enter_async_context(
                 HttpServer(self, self._listen.host, self._listen.port, self._context)
@@ -208,15 +226,34 @@ class Node:
         """Notice what other processes did: operations, trust, blobs."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            await self.spread.look()
-            trusted = {peer.key for peer in await self.call(self.replica.peers.every)}
-            trusted |= {where.key for where in self._peers if where.key}
-            for key in trusted - self._trusted:
-                if self.server is not None and self._context is not None:
-                    tls.trust(self._context, key)
-            self._trusted = trusted
+            try:
+                await self.spread.look()
+                self._follow(await self.call(self.replica.peers.every))
+                self.warnings.pop("replica", None)
+            except CrdtMergeError as fault:
+                self.warnings["replica"] = str(fault)
             if self.merged:
                 self.merged.look()
+
+    def _follow(self, peers: list[Peer]) -> None:
+        """Trust whom the replica trusts and whom it was told to talk to, until that is taken back."""
+        known = {peer.key for peer in peers}
+        self._refused = (self._refused | (self._known - known)) - known
+        self._known = known
+        for where in self._peers:
+            if where.key in self._refused:
+                self.spread.forget(where.url)
+            elif where.url not in self.spread.contacts:
+                self.meet(where)
+        self._trusted = (known | {where.key for where in self._peers if where.key}) - self._refused
+        for key in self._trusted:
+            self._recognise(key)
+
+    def _recognise(self, key: bytes) -> None:
+        """Let a key through the handshake."""
+        if self._context is not None and key not in self._anchored:
+            tls.trust(self._context, key)
+            self._anchored.add(key)
 
     async def _fetch(self) -> None:
         """Fetch what is lacking whenever something may be."""
@@ -274,7 +311,8 @@ class Node:
     async def answer(self, request: messages.Request, peer: bytes | None) -> messages.Answer:
         """One round of a session."""
         name = next((one.name for one in self.spread.contacts.values() if peer and one.key == peer), None)
-        answer = await self.spread.answer(request, name, dict(self._ahead))
+        ahead = {content: manifest for content, (manifest, _) in self._ahead.items()}
+        answer = await self.spread.answer(request, name, ahead)
         starving = name is None and (self.fetched.lacking > 0 or self._fetch_soon.is_set())
         return replace(answer, starving=starving)
 
@@ -282,8 +320,7 @@ class Node:
         """The genesis record for one who was invited; from now on it is trusted."""
         if not await self.call(self.replica.peers.redeem, joining.secret, joining.key):
             return None
-        if self._context is not None and joining.key not in self._trusted:
-            tls.trust(self._context, joining.key)
+        self._recognise(joining.key)
         self._trusted.add(joining.key)
         return self.replica.genesis.to_bytes()
 
@@ -298,17 +335,20 @@ class Node:
             manifest = await asyncio.to_thread(Manifest.from_bytes, data)
         except CrdtMergeError as fault:
             raise FalsePeerError(str(fault)) from None
-        self._ahead[manifest.id] = manifest
-        while len(self._ahead) > 1 and sum(len(one.to_bytes()) for one in self._ahead.values()) > AHEAD_BYTES_MAX:
+        self._ahead[manifest.id] = manifest, len(data)
+        while len(self._ahead) > 1 and sum(nbytes for _, nbytes in self._ahead.values()) > AHEAD_BYTES_MAX:
             self._ahead.popitem(last=False)
 
     async def whole(self, digests: list[bytes]) -> dict[bytes, bytes]:
         """Files and tensors of one piece, as many as an answer takes."""
         found: dict[bytes, bytes] = {}
         room = wire.WHOLE_BYTES_MAX
-        for digest in digests:
+        for digest in dict.fromkeys(digests):
             data = await asyncio.to_thread(self.giving.whole, digest)
-            if data is not None and (room := room - len(data)) >= 0:
+            if data is not None:
+                room -= len(data)
+                if room < 0:
+                    break
                 found[digest] = data
         return found
 
@@ -350,8 +390,4 @@ class Node:
 async def _cancelled(tasks: list[asyncio.Task[None]]) -> None:
     for task in tasks:
         task.cancel()
-    for task in tasks:
-        try:
-            await task
-        except asyncio.CancelledError:
-            continue
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -13,8 +13,9 @@ RULES
 3. Operations in a segment are in the order (seq, id), the first at FIRST. A segment of which one is wrong is wrong.
 4. A segment is known unread if the operations that are here, from FIRST on, come to its size and its SHA-256. That
    holds whatever a listing claims, and where a chain forks or has holes it fails: then the segment is read.
-5. A new segment also takes in what is before it, as a Fenwick tree does: the one that ends after n operations begins
-   after n with its lowest bit cleared. So a chain of n operations that came one by one is read in log2(n) segments.
+5. A new segment takes in what is before it as a Fenwick tree does: if the chain reaches a multiple of 2^k in it, the
+   largest such, also has the 2^k operations before that. So however a chain of n operations grew, it can be read in
+   about log2(n) segments, and each operation is written about log2(n) times.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 from crdtmerge import limits
@@ -40,6 +42,9 @@ SEGMENT_READ_BYTES_MAX = 16 * limits.MIB
 
 SEGMENT_OPS_MAX = SEGMENT_READ_BYTES_MAX // 64
 """Operations of a segment: each has a signature of 64 bytes."""
+
+WIRES_MAX = 32768
+"""Operations of a chain that are held while its segments, which overlap, are compared with them: some 13 MB."""
 
 OP_BYTES_MIN = 200
 """An operation has no fewer; tells how many a segment has at most."""
@@ -156,7 +161,7 @@ class Chain:
 
     def __init__(self, places: Iterable[tuple[int, bytes]], wire: Callable[[bytes], bytes]) -> None:
         self._places = sorted(places)
-        self._wire = wire
+        self._wire = lru_cache(WIRES_MAX)(wire)
 
     def add(self, places: Iterable[tuple[int, bytes]]) -> None:
         """Operations that came."""
@@ -190,7 +195,7 @@ class Chain:
     def cut(self, lacking: Collection[bytes]) -> Iterator[tuple[int, list[bytes]]]:
         """New segments for operations that are not there, as the first seq and the ids."""
         for begin, end in _runs([at for at, (_, one) in enumerate(self._places) if one in lacking]):
-            longer = end & (end - 1)
+            longer = _begin(begin, end)
             if longer < begin and self._nbytes(longer, end) <= SEGMENT_BYTES_MAX:
                 begin = longer
             while begin < end:
@@ -208,6 +213,17 @@ class Chain:
             if total > SEGMENT_BYTES_MAX:
                 break
         return total
+
+
+def _begin(begin: int, end: int) -> int:
+    """Where a segment begins that brings a chain from ``begin`` operations to ``end``.
+
+    >>> _begin(10, 20), _begin(20, 30), _begin(44, 45)
+    (0, 16, 44)
+    """
+    step = 1 << ((begin ^ end).bit_length() - 1)
+    reached = end & -step
+    return min(begin, reached & (reached - 1))
 
 
 def _runs(numbers: Sequence[int]) -> list[tuple[int, int]]:

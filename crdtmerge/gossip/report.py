@@ -7,6 +7,7 @@ import time
 from typing import TYPE_CHECKING
 
 import crdtmerge
+from crdtmerge.errors import CrdtMergeError
 from crdtmerge.gossip.client import HttpPeer
 from crdtmerge.gossip.spread import Contact
 from crdtmerge.gossip.status import VISIBLE_MAX, Disagreement, Merged, Peer, PeerState, Report, Transfer, Visible
@@ -29,7 +30,11 @@ class Reporter:
     async def run(self) -> None:
         """Keep it up to date."""
         while True:
-            self._set = await self._node.call(self._read)
+            try:
+                self._set = await self._node.call(self._read)
+                self._node.warnings.pop("report", None)
+            except CrdtMergeError as fault:
+                self._node.warnings["report"] = str(fault)
             await asyncio.sleep(LOOK_SECONDS)
 
     def report(self) -> Report:
@@ -61,7 +66,7 @@ class Reporter:
     def _read(self) -> Report:
         """What the database says."""
         replica = self._node.replica
-        seen = replica.version(), len(self._node.holding.index)
+        seen = replica.version(), len(self._node.holding.index), self._node.receiving.arrived
         if self._set is not None and seen == self._seen:
             return self._set
         self._seen = seen

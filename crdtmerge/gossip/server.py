@@ -5,16 +5,17 @@ RULES
    (loopback, or where the operator allowed it) everybody is let in.
 2. Everything is bounded: connections, requests of one peer at a time, the bytes and the seconds of each body, the
    seconds without a request. Bodies are never compressed.
-3. Every piece is checked against its digest before it is sent.
+3. Every piece is checked against its digest before it is sent. An answer that cannot be sent whole breaks off.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import re
 import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -36,7 +37,7 @@ REQUESTS_MAX = 16
 BUSY_SECONDS = 5.0
 
 BODY_SECONDS = 30.0
-"""For a body to arrive, and more where it is long: at least ``BODY_RATE`` bytes a second."""
+"""For a body to arrive, or to be taken, and more where it is long: at least ``BODY_RATE`` bytes a second."""
 
 BODY_RATE = 64 << 10
 
@@ -239,7 +240,7 @@ class HttpServer:
             return self._sent(await desk.join(joining), 403, "this invitation does not stand: it was used, or expired.")
         if asked == ("POST", "/v1/whole"):
             digests = wire.read_ids(await self._body(request, messages.FRAME_BYTES_MAX))
-            return self._sent(wire.pack_whole(await desk.whole(digests)))
+            return await self._send(request, wire.pack_whole(await desk.whole(digests)))
         if asked == ("PUT", "/v1/whole"):
             await desk.take_whole(wire.read_whole(await self._body(request, wire.WHOLE_BYTES_MAX + limits.MIB)))
             return self._sent(b"")
@@ -252,12 +253,12 @@ class HttpServer:
         desk = self._desk
         manifest, tree, blob = (one.fullmatch(request.path) for one in (MANIFEST, TREE, BLOB))
         if request.method == "GET" and manifest:
-            return self._sent(await desk.manifest(bytes.fromhex(manifest[1])))
+            return await self._send(request, await desk.manifest(bytes.fromhex(manifest[1])))
         if request.method == "PUT" and manifest:
             await desk.keep_manifest(await self._body(request, limits.MANIFEST_BYTES_MAX))
             return self._sent(b"")
         if request.method == "GET" and tree:
-            return self._sent(await desk.tree(bytes.fromhex(tree[1])))
+            return await self._send(request, await desk.tree(bytes.fromhex(tree[1])))
         if request.method == "PUT" and tree:
             await desk.take_tree(bytes.fromhex(tree[1]), await self._body(request, limits.TREE_BYTES_MAX + limits.KIB))
             return self._sent(b"")
@@ -287,6 +288,40 @@ class HttpServer:
         self.bytes_sent += len(data)
         return web.Response(body=data, content_type=wire.CONTENT_TYPE)
 
+    async def _send(self, request: web.BaseRequest, data: bytes | None) -> web.StreamResponse:
+        """An answer that may be long."""
+        if data is None or len(data) <= limits.PIECE_BYTES:
+            return self._sent(data)
+        response = web.StreamResponse()
+        response.content_type, response.content_length = wire.CONTENT_TYPE, len(data)
+        view = memoryview(data)
+        pieces = (view[at : at + limits.PIECE_BYTES] for at in range(0, len(data), limits.PIECE_BYTES))
+        return await self._stream(request, response, map(_value, pieces))
+
+    async def _stream(
+        self, request: web.BaseRequest, response: web.StreamResponse, pieces: Iterable[Awaitable[memoryview]]
+    ) -> web.StreamResponse:
+        """Send one piece after another while the next is read. Nothing can be said any more: what fails breaks off."""
+        await response.prepare(request)
+        coming: asyncio.Future[memoryview] | None = None
+        try:
+            for piece in itertools.chain(pieces, [None]):
+                data = await coming if coming is not None else None
+                coming = None if piece is None else asyncio.ensure_future(piece)
+                if data is not None:
+                    async with asyncio.timeout(BODY_SECONDS + len(data) / BODY_RATE):
+                        await response.write(data)
+                    self.bytes_sent += len(data)
+            async with asyncio.timeout(BODY_SECONDS):
+                await response.write_eof()
+        except (CrdtMergeError, TimeoutError):
+            if request.transport is not None:
+                request.transport.abort()
+        finally:
+            if coming is not None:
+                coming.cancel()
+        return response
+
     async def _send_blob(self, request: web.BaseRequest, digest: bytes) -> web.StreamResponse:
         """A range of a tensor that begins with a piece; the next piece is read while one is sent."""
         blob = await self._desk.blob(digest)
@@ -301,19 +336,15 @@ class HttpServer:
         response.headers["Content-Range"] = f"bytes {begin}-{end - 1}/{blob.nbytes}"
         numbers = range(begin // limits.PIECE_BYTES, -(-end // limits.PIECE_BYTES))
         first = await self._desk.piece(blob, numbers[0])  # a damaged one is said before anything is sent
-        await response.prepare(request)
-        reading = asyncio.ensure_future(_value(first))
-        for number in numbers:
-            piece = memoryview(await reading)
-            if number + 1 in numbers:
-                reading = asyncio.ensure_future(self._desk.piece(blob, number + 1))
-            await response.write(piece[: end - number * limits.PIECE_BYTES])
-            self.bytes_sent += len(piece)
-        await response.write_eof()
-        return response
+
+        async def piece(number: int) -> memoryview:
+            found = first if number == numbers[0] else await self._desk.piece(blob, number)
+            return memoryview(found)[: end - number * limits.PIECE_BYTES]
+
+        return await self._stream(request, response, map(piece, numbers))
 
 
-async def _value(found: Any) -> Any:
+async def _value(found: memoryview) -> memoryview:
     return found
 
 

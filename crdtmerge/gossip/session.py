@@ -57,6 +57,7 @@ class Opener:
         self._asked: set[bytes] = set()
         self._offered: dict[bytes, None] = {}
         self._pending: dict[bytes, Op] = {}
+        self._beside: dict[bytes, Manifest] = {}
         self._sending: list[bytes] = []
         self._given: set[bytes] = set()
         self._first = True
@@ -134,12 +135,13 @@ class Opener:
             found = [Manifest.from_bytes(data) for data in answer.manifests]
         except InputError as fault:
             raise FalsePeerError(f"a peer sent what is no operation: {fault}") from None
-        return self._accept(ops, {manifest.id: manifest for manifest in found})
+        self._beside |= {manifest.id: manifest for manifest in found}
+        return self._accept(ops, {})
 
     def _accept(self, ops: Iterable[Op], manifests: Mapping[bytes, Manifest]) -> bool:
         waited = self._pending.keys()
         batch = {**self._pending, **{op.id: op for op in ops}}
-        joined = taken(self._holding, batch.values(), manifests)
+        joined = taken(self._holding, batch.values(), {**manifests, **self._beside})
         self.summary.received += joined.new
         self.summary.refused.update((op.id, why) for op, why in joined.refused)
         self._pending = {}
@@ -149,6 +151,8 @@ class Opener:
             if room >= 0:
                 self._pending[op.id] = op
                 self.missing |= {missing.content} if missing.content else set()
+        waiting = {getattr(op.payload, "content", None) for op in self._pending.values()}
+        self._beside = {content: one for content, one in self._beside.items() if content in waiting}
         for op in (*joined.new, *(op for op, _ in joined.refused)):
             self._wanted.pop(op.id, None)
         return bool(joined.new) or bool(self._pending.keys() - waited)

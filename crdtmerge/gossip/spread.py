@@ -75,9 +75,10 @@ class Spread:
         period: float = PERIOD_SECONDS,
         on_news: Callable[[list[Op]], None] = lambda ops: None,
         on_starving: Callable[[Contact], Awaitable[None]] | None = None,
+        on_fault: Callable[[BaseException], None] = lambda fault: None,
     ) -> None:
         self._holding, self._call, self._period = holding, call, period
-        self._on_news, self._on_starving = on_news, on_starving
+        self._on_news, self._on_starving, self._on_fault = on_news, on_starving, on_fault
         self._random = source or random.Random()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self.contacts: dict[str, Contact] = {}
@@ -88,7 +89,8 @@ class Spread:
         self.forget(contact.name)
         self.contacts[contact.name] = contact
         contact.due = self._now() + self._random.uniform(0, min(self._period, 1.0) / 4)
-        self._tasks[contact.name] = asyncio.create_task(self._keep_up(contact))
+        self._tasks[contact.name] = task = asyncio.create_task(self._keep_up(contact))
+        task.add_done_callback(self._ended)
 
     def forget(self, name: str) -> None:
         """Talk to it no longer."""
@@ -96,6 +98,10 @@ class Spread:
         task = self._tasks.pop(name, None)
         if task is not None:
             task.cancel()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (fault := task.exception()) is not None:
+            self._on_fault(fault)
 
     async def close(self) -> None:
         """Talk to nobody any more."""
@@ -162,17 +168,23 @@ class Spread:
     async def _keep_up(self, contact: Contact) -> None:
         while True:
             await self._wait(contact)
+            banned = contact.banned_until
             try:
-                if self._now() >= contact.due:
+                if talking := self._now() >= contact.due:
                     contact.unsaid = False
                     await self.talk(contact)
-                    contact.due = self._now() + self._turn()
                 else:
                     await self._push(contact)
+                if contact.banned_until != banned:
+                    continue  # meanwhile, for what it served
                 contact.failures, contact.reason, contact.banned_until = 0, None, None
+                if talking:
+                    contact.due = self._now() + self._turn()
             except (FalsePeerError, PoolMismatchError) as fault:
                 self.ban(contact, str(fault))
             except PeerError as fault:
+                if contact.banned_until != banned:
+                    continue
                 contact.reason, contact.failures = str(fault), contact.failures + 1
                 contact.due = self._now() + self._pause(contact.failures)
                 contact.mail.clear()
@@ -187,7 +199,7 @@ class Spread:
         contact.sent += summary.sent
         contact.rounds += summary.rounds
         contact.overhead_bytes += summary.overhead_bytes
-        if behind:
+        if behind and contact.banned_until is None:
             contact.due = self._now()
 
     async def _wait(self, contact: Contact) -> None:

@@ -129,7 +129,7 @@ class Stored:
 
 def _shown(name: str) -> str:
     """A name as a report says it: anyone may have chosen it, and it may be printed."""
-    return name.encode("ascii", "backslashreplace").decode()[:NAME_CHARACTERS_MAX]
+    return name.encode("unicode_escape").decode()[:NAME_CHARACTERS_MAX]
 
 
 def groups(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:

@@ -74,13 +74,16 @@ class StoredOps:
         wire: bytes | None = waiting.op.wire if waiting else self._opset.tables.get("ops", identity)
         return wire or b""
 
-    def lacks(self, key: bytes, chain: Chain) -> set[bytes]:
-        """The operations of a chain that are not there, after ``take``."""
+    def lacking(self, key: bytes) -> tuple[Chain, set[bytes]] | None:
+        """A chain and the operations of it that are not there, after ``take``; None if all are."""
         lacks = self._lacks.get(key)
+        if lacks is not None and not lacks:
+            return None
+        chain = self.chain(key)
         if lacks is None:
             segments = self._stored.listing.segments.get(key, [])
             lacks = chain.examine(one for one in segments if one.name not in self._stored.wrong)[1]
-        return lacks - self._read
+        return (chain, lacks - self._read) if lacks - self._read else None
 
     def _examine(self, key: bytes, segments: list[Segment]) -> tuple[list[Segment], set[bytes]]:
         return self.chain(key).examine(segments)
@@ -176,8 +179,8 @@ class StoredOps:
         """Bytes of a manifest that must be read: none if it is here, None if it is nowhere."""
         if self._opset.knows_content(content) or self._replica.manifest(content) is not None:
             return 0
-        right = manifest_name(content) not in self._stored.wrong
-        return self._stored.listing.manifests.get(content) if right else None
+        nbytes = self._stored.listing.manifests.get(content)
+        return None if nbytes is None or manifest_name(content) in self._stored.wrong else max(nbytes, 1)
 
     def _joined(self, ops: Sequence[Op], manifests: Mapping[bytes, Manifest]) -> Joined:
         """Take operations; a manifest that does not fit the pool refuses its own ADDs alone."""

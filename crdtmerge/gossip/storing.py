@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from crdtmerge import limits
 from crdtmerge.errors import FalsePeerError, PeerError, ReplicaError
@@ -52,14 +52,14 @@ class Storing:
                 await self._look_at(needed)
             await self._stored.place.sweep()
             await self._put_genesis()
-            await self._put_blobs(await self._call(self._lacking, needed))
-            await self._put_some(self._trees(needed))
+            await self._put_blobs(await self._call(self._blobs, needed))
+            await self._put_some(await self._call(self._trees, needed))
             await self._put_some(await self._call(self._manifests))
             for puts, count in plan:
                 await self._put_some(puts)
                 self._stored.report.ops_sent += count
         except PeerError as fault:
-            self._stored.failed("", fault)
+            self._stored.failed(self._stored.place.name, fault)
 
     # ---- what
 
@@ -67,11 +67,10 @@ class Storing:
         """Segments of what is not there, of each chain, and how many operations are new in them."""
         plan = []
         for key in [key for key, _, _ in self._replica.opset.tables.every("tips")]:
-            chain = self._ops.chain(key)
-            lacks = self._ops.lacks(key, chain)
-            puts = [self._segment(key, first, ids) for first, ids in chain.cut(lacks)] if lacks else []
-            if puts:
-                plan.append((puts, len(lacks)))
+            found = self._ops.lacking(key)
+            if found is not None:
+                chain, lacks = found
+                plan.append(([self._segment(key, first, ids) for first, ids in chain.cut(lacks)], len(lacks)))
         return plan
 
     def _segment(self, key: bytes, first: int, ids: list[bytes]) -> _Put:
@@ -88,34 +87,36 @@ class Storing:
         hold(digests)
         return [blob for one in digests if (blob := self._giving.blob(one)) is not None]
 
-    def _lacking(self, blobs: Iterable[Blob]) -> list[Blob]:
-        """Those that are not there, or wrong, as far as their size tells."""
-        found = []
-        for blob in blobs:
-            name, nbytes = blob_name(blob.digest), self._stored.listing.blobs.get(blob.digest)
-            if nbytes is not None and nbytes != blob.nbytes:
-                self._stored.found_wrong(name, f"has {nbytes} bytes, not {blob.nbytes}.")
-            if nbytes is None or name in self._stored.wrong:
-                found.append(blob)
-        return found
+    def _blobs(self, blobs: Iterable[Blob]) -> list[Blob]:
+        found = {blob.digest: blob for blob in blobs}
+        sizes = {one: blob.nbytes for one, blob in found.items()}
+        return [found[one] for one in self._lacking(blob_name, self._stored.listing.blobs, sizes)]
 
     def _trees(self, blobs: Iterable[Blob]) -> list[_Put]:
-        large = [one.digest for one in blobs if _is_large(one) and self._is_lacking(tree_name, "trees", one.digest)]
-        return [_Put(tree_name(one), 0, partial(self._giving.tree, one)) for one in large]
+        found = {blob.digest: self._giving.tree(blob.digest) or b"" for blob in blobs if _is_large(blob)}
+        sizes = {one: len(tree) for one, tree in found.items()}
+        lacking = self._lacking(tree_name, self._stored.listing.trees, sizes)
+        return [_Put(tree_name(one), sizes[one], partial(self._giving.tree, one)) for one in lacking]
 
     def _manifests(self) -> list[_Put]:
-        base = self._replica.genesis.base
-        contents = {*self._replica.opset.contents(), *([base] if base else [])}
-        lacking = sorted(one for one in contents if self._is_lacking(manifest_name, "manifests", one))
-        return [_Put(manifest_name(one), 0, partial(self._manifest, one)) for one in lacking]
+        """Those of all contents that were ever added, and of the base."""
+        rows = self._replica._room.database.rows("SELECT content, length(manifest) FROM manifests ORDER BY content")
+        sizes = dict(rows)
+        lacking = self._lacking(manifest_name, self._stored.listing.manifests, sizes)
+        return [_Put(manifest_name(one), sizes[one], partial(self._manifest, one)) for one in lacking]
 
     def _manifest(self, content: bytes) -> bytes | None:
         manifest = self._replica.manifest(content)
         return None if manifest is None else manifest.to_bytes()
 
-    def _is_lacking(self, name: Callable[[bytes], str], kind: Literal["trees", "manifests"], digest: bytes) -> bool:
-        listed: Mapping[bytes, int] = getattr(self._stored.listing, kind)
-        return digest not in listed or name(digest) in self._stored.wrong
+    def _lacking(
+        self, name: Callable[[bytes], str], listed: Mapping[bytes, int], sizes: Mapping[bytes, int]
+    ) -> list[bytes]:
+        """What is not there, or known to be wrong, or has another size."""
+        for one, nbytes in sizes.items():
+            if listed.get(one, nbytes) != nbytes:
+                self._stored.found_wrong(name(one), f"has {listed[one]} bytes, not {nbytes}.")
+        return [one for one in sizes if one not in listed or name(one) in self._stored.wrong]
 
     # ---- putting
 
@@ -187,8 +188,8 @@ class Storing:
             await asyncio.gather(*map(self._look_at_blob, group))
         trees = {tree_name(one.digest): partial(self._giving.tree, one.digest) for one in both if _is_large(one)}
         manifests = {manifest_name(one): partial(self._manifest, one) for one in listing.manifests}
-        for group in groups({**trees, **manifests}.items(), lambda item: 0):
-            await asyncio.gather(*(self._look_at_small(name, ours) for name, ours in group))
+        for some in groups({**trees, **manifests}.items(), lambda item: 0):
+            await asyncio.gather(*(self._look_at_small(name, ours) for name, ours in some))
 
     async def _look_at_small(self, name: str, ours: Callable[[], bytes | None]) -> None:
         data, right = await self._stored.read(name, limits.TREE_BYTES_MAX), await self._call(ours)

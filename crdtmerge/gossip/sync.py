@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,11 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass
 class Synced:
-    """What a sync did."""
+    """What a sync did.
+
+    ``lacking`` blobs are in neither, ``waiting`` operations lack others. Of a folder or bucket, ``ignored`` are names
+    that are nobody's, ``false`` what is other than its name says, ``failing`` what could not be read or put.
+    """
 
     rounds: int = 0
     ops_sent: int = 0
@@ -42,6 +46,10 @@ class Synced:
     bytes_sent: int = 0
     lacking: int = 0
     refused: int = 0
+    waiting: int = 0
+    ignored: int = 0
+    false: dict[str, str] = field(default_factory=dict)
+    failing: dict[str, str] = field(default_factory=dict)
     root: str = ""
 
     @property
@@ -78,7 +86,9 @@ async def _move(replica: Replica, peer: HttpPeer, call: Call, synced: Synced, pr
         fetched: Fetched = await Fetch(receiving, [peer], call=call, progress=progress).run()
     synced.blobs_fetched, synced.bytes_fetched = fetched.blobs, fetched.nbytes
     synced.resumed_bytes, synced.lacking = fetched.resumed_bytes, fetched.lacking
-    for why in (*fetched.false.values(), *fetched.failing.values()):
+    for why in fetched.false.values():
+        raise FalsePeerError(why)
+    for why in fetched.failing.values():
         raise PeerError(why)
     given = await give(replica.giving(), peer, progress)
     synced.blobs_sent, synced.bytes_sent = given.blobs, given.nbytes

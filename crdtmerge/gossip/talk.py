@@ -44,8 +44,8 @@ async def converse(holding: Holding, link: Link, call: Call, statements: Stateme
         if statements:
             statements.take(answer.said)
         if opener.missing:
-            await call(opener.supply, await _manifests(link, opener.missing))
-        for content in opener.unknown_there:
+            await call(opener.supply, await _manifests(link, sorted(opener.missing)))
+        for content in sorted(opener.unknown_there):
             await _give(holding, link, call, content)
         opener.delivered()
     return opener.summary
@@ -68,7 +68,7 @@ async def push(
         lacks = set(answer.lacks) & set(contents) - given
         waits = [content in lacks for content in contents]
         first = waits.index(True) if True in waits else len(ops)  # what came after it may have waited for it
-        for content in lacks:
+        for content in sorted(lacks):
             await _give(holding, link, call, content)
         given |= lacks
         summary.sent += first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from crdtmerge.errors import NotAllowedError
 from crdtmerge.gossip import wire
 from crdtmerge.gossip.talk import Call
@@ -53,7 +55,7 @@ class Uploads:
         partial = self._partials.get(digest)
         if partial is None or not 0 <= number < partial.tree.parts:
             raise NotAllowedError(f"piece {number} of {digest.hex()} is not lacking here.")
-        await self._call(self._receiving.write, partial, number, data)
+        await asyncio.to_thread(self._receiving.write, partial, number, data)
         if not partial.complete or self._partials.pop(digest, None) is None:
             return False
         self._wants.pop(digest, None)

@@ -75,7 +75,7 @@ class LackingThere(NamedTuple):
         """Read the message. Raises FalsePeerError."""
         try:
             whole, large = msgpack.unpackb(data)
-            found = cls(_ids(whole), {_id(one): bytes(have) for one, have in large})
+            found = cls(_ids(whole), {_id(one): _bytes(have) for one, have in large})
         except (ValueError, TypeError, msgpack.exceptions.UnpackException) as fault:
             raise FalsePeerError(f"what a peer says that it lacks is malformed: {fault!s:.80}.") from None
         return found
@@ -104,7 +104,7 @@ def read_whole(data: bytes) -> dict[bytes, bytes]:
     """Blobs with their digests; whoever keeps them checks them. Raises FalsePeerError."""
     try:
         pairs: list[Any] = msgpack.unpackb(data, max_bin_len=WHOLE_BYTES_MAX)
-        return {_id(one): bytes(content) for one, content in pairs}
+        return {_id(one): _bytes(content) for one, content in pairs}
     except (ValueError, TypeError, msgpack.exceptions.UnpackException) as fault:
         raise FalsePeerError(f"a message of blobs is malformed: {fault!s:.80}.") from None
 
@@ -116,6 +116,12 @@ def _ids(data: bytes) -> list[bytes]:
 
 
 def _id(value: object) -> bytes:
-    if not isinstance(value, bytes) or len(value) != 32:
+    if len(_bytes(value)) != 32:
         raise ValueError("no id")
+    return _bytes(value)
+
+
+def _bytes(value: object) -> bytes:
+    if not isinstance(value, bytes):  # of a number ``bytes`` would make as many zeros
+        raise ValueError(f"{type(value).__name__} in the place of bytes")
     return value

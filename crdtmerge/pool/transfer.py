@@ -20,10 +20,10 @@ from crdtmerge.errors import FalsePeerError, InputError
 from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.pool.room import Room
 from crdtmerge.replica.contribution import Manifest
-from crdtmerge.store.blobs import Blob
+from crdtmerge.store.blobs import Blob, Staging
 from crdtmerge.store.leases import Lease
-from crdtmerge.store.partials import Partial, Partials, Tree, nbytes_of
-from crdtmerge.weights.digests import check_values, piece_digests, tensor_digest
+from crdtmerge.store.partials import Partial, Partials, Tree, checked_values, nbytes_of
+from crdtmerge.weights.digests import piece_digests, tensor_digest
 from crdtmerge.weights.facts import Facts
 from crdtmerge.weights.header import Entry
 
@@ -103,6 +103,8 @@ class Receiving:
         self._lease = Lease(room.database)
         self._partials = Partials(room.blobs, room.quota)
         self._needs: dict[bytes, set[bytes]] = {}
+        self.arrived = 0
+        """Grows with everything that arrives."""
 
     def __enter__(self) -> Self:
         self._lease.__enter__()
@@ -169,8 +171,11 @@ class Receiving:
         self._room.group.run(work)
 
     def begin(self, want: Want, tree: bytes) -> Partial | None:
-        """Begin a tensor in pieces, or go on with it; None while another process does. Raises FalsePeerError."""
+        """Begin a tensor in pieces, or go on with it; None where another process does. Raises FalsePeerError."""
         self._lease.hold([want.digest])
+        if self._room.blobs.get(want.digest) is not None:
+            self._lease.release([want.digest])
+            return None
         return self._partials.begin(_read_tree(want, tree))
 
     def begun(self, want: Want) -> Partial | None:
@@ -190,10 +195,20 @@ class Receiving:
         self._partials.commit()
 
     def finish(self, partial: Partial) -> None:
-        """Keep a tensor whose pieces are all here."""
-        self._room.group.run(lambda: self._partials.finish(partial))
-        self._partials.close(partial)
-        self._arrived([partial.tree.digest])
+        """Keep a tensor whose pieces are all here; nothing where that was done already."""
+        digest = partial.tree.digest
+        if partial.closed and self._room.blobs.get(digest) is not None:
+            return
+
+        def work() -> None:
+            self._partials.finish(partial)
+            self._lease.release([digest])
+
+        try:
+            self._room.group.run(work)
+        finally:
+            self._partials.close(partial)
+        self._arrived([digest])
 
     def keep(self, found: Iterable[tuple[Want, bytes]]) -> None:
         """Keep tensors that came whole. Raises FalsePeerError for wrong bytes, StorageError."""
@@ -206,7 +221,7 @@ class Receiving:
                     staging.piece(entry, 0, np.frombuffer(data, np.uint8))
                 staging.tensor(entry, pieces, facts)
             staging.sync()
-            self._room.group.run(lambda: staging.publish(self._room.quota))
+            self._publish(staging, [want.digest for want, *_ in checked])
         self._arrived(want.digest for want, *_ in checked)
 
     def keep_file(self, digest: bytes, data: bytes) -> None:
@@ -217,10 +232,18 @@ class Receiving:
         with self._room.blobs.staging() as staging:
             staging.file(data)
             staging.sync()
-            self._room.group.run(lambda: staging.publish(self._room.quota))
+            self._publish(staging, [digest])
+
+    def _publish(self, staging: Staging, digests: Iterable[bytes]) -> None:
+        def work() -> None:
+            staging.publish(self._room.quota)
+            self._lease.release(digests)
+
+        self._room.group.run(work)
 
     def _arrived(self, digests: Iterable[bytes]) -> None:
         here = set(digests)
+        self.arrived += 1
         whole = []
         for content, needs in list(self._needs.items()):
             if needs & here:
@@ -254,7 +277,4 @@ def _checked(want: Want, data: bytes) -> tuple[bytes, Facts]:
     pieces = piece_digests(data)
     if len(data) != want.nbytes or tensor_digest(want.dtype, want.shape, pieces) != want.digest:
         raise FalsePeerError(f"tensor {want.digest.hex()} holds other bytes than its name says.")
-    bad = None
-    if data:
-        bad = check_values(np.frombuffer(data, np.uint8), 0, want.dtype, f"tensor {want.digest.hex()}")
-    return pieces, Facts(want.digest, bad)
+    return pieces, Facts(want.digest, checked_values(data, 0, want.dtype, want.digest) if data else None)

@@ -40,6 +40,12 @@ class Lease:
             rows = [(self.id, digest) for digest in digests]
             self._database.run_all("INSERT OR IGNORE INTO leased VALUES (?, ?)", rows)
 
+    def release(self, digests: Iterable[bytes]) -> None:
+        """Blobs that are needed no longer, or by what refers to them."""
+        with self._database.transaction():
+            rows = [(self.id, digest) for digest in digests]
+            self._database.run_all("DELETE FROM leased WHERE lease = ? AND digest = ?", rows)
+
 
 def end(database: Database, lease: bytes) -> None:
     """Forget a lease."""

@@ -7,6 +7,7 @@ RULES
 2. The table says that a piece is here only once it is durable: ``commit`` syncs first. At most ``UNSYNCED_BYTES_MAX``
    wait for that, so a killed process fetches no more than those again.
 3. One process at a time writes a partial blob: it holds the file's lock.
+4. A row or a file that is damaged, and what a sync refused, counts for nothing: those pieces are fetched again.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
 import msgpack
 import numpy as np
 
 from crdtmerge import limits
-from crdtmerge.errors import DatabaseError, FalsePeerError
+from crdtmerge.errors import FalsePeerError, InputError, StorageError
 from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.store.blobs import Blob, Blobs
 from crdtmerge.store.disk import failing
@@ -77,7 +80,8 @@ class Partial:
     def __init__(self, tree: Tree, descriptor: int, have: bytearray, nonfinite: Bad) -> None:
         self.tree, self.descriptor = tree, descriptor
         self.have, self.nonfinite = have, nonfinite
-        self.unsynced = 0
+        self.unsynced = self.users = 0
+        self.closed = False
 
     def lacks(self) -> list[int]:
         """The numbers of the pieces that are not here."""
@@ -101,7 +105,7 @@ class Partials:
         self._blobs, self._quota = blobs, quota
         self._open: dict[bytes, Partial] = {}
         self._lock = threading.Lock()
-        self._committing = threading.Lock()
+        self._beginning, self._committing = threading.Lock(), threading.Lock()
 
     def __enter__(self) -> Partials:
         return self
@@ -110,23 +114,17 @@ class Partials:
         try:
             self.commit()
         finally:
-            for partial in self._open.values():
-                os.close(partial.descriptor)
-            self._open.clear()
+            for partial in list(self._open.values()):
+                self.close(partial)
 
     def begin(self, tree: Tree) -> Partial | None:
         """Begin a blob or go on with it; None while another process does. Raises StorageError."""
-        with self._lock:
+        with self._beginning:
             if tree.digest in self._open:
                 return self._open[tree.digest]
-            path = self._blobs.partial / tree.digest.hex()
-            with failing(self._blobs.partial):
-                descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    return None
+            descriptor = self._locked(tree.digest)
+            if descriptor is None:
+                return None
             try:
                 known = self._known(tree, os.fstat(descriptor).st_size)
                 if known is None:
@@ -138,8 +136,10 @@ class Partials:
             except BaseException:
                 os.close(descriptor)
                 raise
-            self._open[tree.digest] = Partial(tree, descriptor, *known)
-            return self._open[tree.digest]
+            partial = Partial(tree, descriptor, *known)
+            with self._lock:
+                self._open[tree.digest] = partial
+            return partial
 
     def known(self, digest: bytes) -> Tree | None:
         """The tree of a blob that was begun."""
@@ -151,9 +151,11 @@ class Partials:
         tree = partial.tree
         if piece_digests(data) != tree.pieces[32 * number : 32 * number + 32]:
             raise FalsePeerError(f"piece {number} of {tree.digest.hex()} holds other bytes than its name says.")
+        if _has(partial.have, number):
+            return
         at = number * limits.PIECE_BYTES
-        bad = check_values(np.frombuffer(data, np.uint8), at, tree.dtype, f"tensor {tree.digest.hex()}")
-        with failing(self._blobs.partial):
+        bad = checked_values(data, at, tree.dtype, tree.digest)
+        with self._held(partial), failing(self._blobs.partial):
             self._blobs.disk.write(partial.descriptor, at, data)
         with self._lock:
             if not _has(partial.have, number):
@@ -169,29 +171,26 @@ class Partials:
         with self._committing:
             with self._lock:
                 dirty = [
-                    (one, one.descriptor, bytes(one.have), one.nonfinite, one.unsynced)
-                    for one in self._open.values()
-                    if one.unsynced
+                    (one, bytes(one.have), one.nonfinite, one.unsynced) for one in self._open.values() if one.unsynced
                 ]
             rows = []
-            with failing(self._blobs.partial):
-                for one, descriptor, have, nonfinite, _ in dirty:
-                    self._blobs.disk.sync(descriptor)
-                    rows.append((have, _packed(nonfinite), time.time(), one.tree.digest))
+            for one, have, nonfinite, _ in dirty:
+                self._sync(one)
+                rows.append((have, _packed(nonfinite), time.time(), one.tree.digest))
             if rows:
                 with self._blobs.database.transaction():
                     update = "UPDATE partials SET have = ?, nonfinite = ?, touched = ? WHERE digest = ?"
                     self._blobs.database.run_all(update, rows)
             with self._lock:
-                for one, _, _, _, nbytes in dirty:
+                for one, _, _, nbytes in dirty:
                     one.unsynced -= nbytes
 
     def finish(self, partial: Partial) -> None:
         """Turn a complete one into a blob, within a transaction. Raises StorageError."""
         tree, blobs = partial.tree, self._blobs
         assert partial.complete, "a blob is named when it is whole"
+        self._sync(partial)
         with failing(blobs.folder):
-            blobs.disk.sync(partial.descriptor)
             blob = Blob(tree.digest, tree.nbytes, tree.pieces, tree.dtype, tree.shape, partial.nonfinite, None)
             blobs.take(blob, blobs.partial / tree.digest.hex())
             blobs.disk.sync_folder(blobs.path(tree.digest).parent)
@@ -199,22 +198,77 @@ class Partials:
 
     def close(self, partial: Partial) -> None:
         """Let go of one."""
-        with self._committing, self._lock:
-            if self._open.pop(partial.tree.digest, None) is not None:
-                os.close(partial.descriptor)
+        with self._lock:
+            if not partial.closed:
+                del self._open[partial.tree.digest]
+                partial.closed = True
+                _release(partial)
+
+    @contextmanager
+    def _held(self, partial: Partial) -> Iterator[None]:
+        """Its file stays open meanwhile, whoever lets go of it. Raises StorageError where that was done already."""
+        with self._lock:
+            if partial.closed:
+                raise StorageError(f"{partial.tree.digest.hex()} was given up while it was written; fetch it again.")
+            partial.users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                partial.users -= 1
+                _release(partial)
+
+    def _sync(self, partial: Partial) -> None:
+        """Make what was written durable; one that cannot be is given up, for what a sync refused is lost."""
+        with self._held(partial):
+            try:
+                with failing(self._blobs.partial):
+                    self._blobs.disk.sync(partial.descriptor)
+            except StorageError:
+                self.close(partial)
+                raise
+
+    def _locked(self, digest: bytes) -> int | None:
+        """A descriptor of the file of a partial blob, and its lock; None while another process has that."""
+        path = self._blobs.partial / digest.hex()
+        with failing(self._blobs.partial):
+            self._put_back(digest, path)
+            descriptor = open_file(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return descriptor
+            except (BlockingIOError, FileNotFoundError):
+                pass
+            os.close(descriptor)
+            return None
+
+    def _put_back(self, digest: bytes, path: Path) -> None:
+        """A file that was named and not entered, because a crash came between, is a partial one again."""
+        named, database = self._blobs.path(digest), self._blobs.database
+        if path.exists() or not named.exists():
+            return
+        with database.transaction():
+            begun = database.one("SELECT 1 FROM partials WHERE digest = ?", (digest,))
+            entered = database.one("SELECT 1 FROM blobs WHERE digest = ?", (digest,))
+            if begun and not entered and named.exists():
+                self._blobs.disk.rename(named, path)
 
     def _known(self, tree: Tree, size: int) -> tuple[bytearray, Bad] | None:
         """What an earlier process wrote, unless the file is no longer what it left."""
         row = self._blobs.database.one("SELECT have, nonfinite FROM partials WHERE digest = ?", (tree.digest,))
         if row is None:
             return None
-        have = bytearray(row[0])
+        try:
+            have, nonfinite = bytearray(row[0]), tuple(msgpack.unpackb(row[1])) if row[1] else None
+        except (ValueError, TypeError, msgpack.exceptions.UnpackException):
+            return None
         if len(have) != -(-tree.parts // 8):
-            raise DatabaseError("the row of a partial blob is damaged. Run `crdtmerge fsck --mend`.")
+            return None
         last = max((number for number in range(tree.parts) if _has(have, number)), default=-1)
         if last >= 0 and size < last * limits.PIECE_BYTES + tree.piece_bytes(last):
             return None
-        return have, tuple(msgpack.unpackb(row[1])) if row[1] else None
+        return have, nonfinite
 
     def _enter(self, tree: Tree) -> None:
         database = self._blobs.database
@@ -233,6 +287,14 @@ def _tree(digest: bytes, dtype: str, shape: bytes, pieces: bytes) -> Tree | None
         return None
 
 
+def checked_values(data: bytes | bytearray | memoryview, at: int, dtype: DType, digest: bytes) -> Bad:
+    """What ``check_values`` finds. Raises FalsePeerError for values that no replica takes, so none serves them."""
+    try:
+        return check_values(np.frombuffer(data, np.uint8), at, dtype, f"tensor {digest.hex()}")
+    except InputError as fault:
+        raise FalsePeerError(str(fault)) from None
+
+
 def collect_partials(blobs: Blobs, keep: set[bytes], before: float) -> int:
     """Remove partial blobs that nothing needs and nobody writes, within a transaction; how many. Raises OSError."""
     removed = 0
@@ -240,26 +302,32 @@ def collect_partials(blobs: Blobs, keep: set[bytes], before: float) -> int:
     idle = [digest for digest, touched in rows if digest not in keep and touched <= before]
     strays = [path for path in blobs.partial.iterdir() if path.name not in {row[0].hex() for row in rows}]
     for path in [*(blobs.partial / digest.hex() for digest in idle), *strays]:
-        if _is_free(path):
-            blobs.disk.remove(path)
-            removed += 1
-    blobs.database.run_all("DELETE FROM partials WHERE digest = ?", [(digest,) for digest in idle])
+        removed += _remove(blobs, path)
+    gone = [(digest,) for digest in idle if not (blobs.partial / digest.hex()).exists()]
+    blobs.database.run_all("DELETE FROM partials WHERE digest = ?", gone)
     return removed
 
 
-def _is_free(path: Any) -> bool:
-    """Whether no process writes a partial blob."""
+def _remove(blobs: Blobs, path: Path) -> bool:
+    """Remove a partial blob; whether it was there and no process writes it."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        blobs.disk.remove(path)
     except BlockingIOError:
         return False
     finally:
         os.close(descriptor)
     return True
+
+
+def _release(partial: Partial) -> None:
+    """Close its file when it is let go of and nobody uses it."""
+    if partial.closed and not partial.users:
+        os.close(partial.descriptor)
 
 
 def runs(numbers: Iterable[int], longest: int) -> Iterator[tuple[int, int]]:

@@ -89,3 +89,21 @@ def test_what_builds_on_a_large_manifest_travels_with_it() -> None:
     summary = converse(Holding(one), Holding(other))
     assert one.opset.state_root == other.opset.state_root
     assert summary.sent == 6
+
+
+def test_a_manifest_that_came_beside_an_operation_is_kept_while_that_waits() -> None:
+    one, other = MemoryStore(1), MemoryStore(2)
+    one.add(b"large", tensors=3000)
+    one.add(b"small")
+    converse(Holding(other), Holding(one))
+    assert other.opset.root == one.opset.root
+
+
+def test_news_of_another_process_are_told_though_a_session_met_them_first() -> None:
+    one, other = MemoryStore(1), MemoryStore(2)
+    holding = Holding(one)
+    written = one.add(b"by another process")
+    other.add(b"so that ranges are compared")
+    converse(Holding(other), holding)
+    assert holding.refresh() == [written]
+    assert holding.refresh() == []
