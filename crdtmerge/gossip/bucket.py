@@ -40,7 +40,6 @@ from crdtmerge.keys import Key
 from crdtmerge.pool.replica import Replica
 from crdtmerge.pool.room import Progress, silent
 from crdtmerge.replica.genesis import Genesis
-from crdtmerge.store.leases import Lease
 
 __all__ = ["BucketReport", "begin_from_bucket", "genesis_of", "place_of", "sync_bucket"]
 
@@ -77,12 +76,12 @@ async def sync_bucket(
     """
     place = place_of(where)
     if isinstance(place, Folder):
-        replica._room.refuse_inside(place.path)
+        replica.refuse_inside(place.path)
     stored = Stored(place, replica.pool_id)
     await stored.list()
     ops = StoredOps(replica, stored, call, rehash=rehash)
     await ops.take()
-    async with _entered(call, Lease(replica._room.database)) as lease:
+    async with _entered(call, replica.giving().lease()) as lease:
         await Storing(replica, stored, ops, call, progress).put(lease.hold, rehash=rehash)
     await _fetch(replica, stored, progress, call)
     stored.report.root = await call(lambda: replica.root)

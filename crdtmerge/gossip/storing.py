@@ -83,7 +83,7 @@ class Storing:
 
     def _needed(self, hold: Callable[[Iterable[bytes]], None]) -> list[Blob]:
         """The blobs that contents need and that are here."""
-        digests = sorted(self._replica._room.needed())
+        digests = sorted(self._giving.needed())
         hold(digests)
         return [blob for one in digests if (blob := self._giving.blob(one)) is not None]
 
@@ -100,8 +100,7 @@ class Storing:
 
     def _manifests(self) -> list[_Put]:
         """Those of all contents that were ever added, and of the base."""
-        rows = self._replica._room.database.rows("SELECT content, length(manifest) FROM manifests ORDER BY content")
-        sizes = dict(rows)
+        sizes = self._giving.manifest_sizes()
         lacking = self._lacking(manifest_name, self._stored.listing.manifests, sizes)
         return [_Put(manifest_name(one), sizes[one], partial(self._manifest, one)) for one in lacking]
 

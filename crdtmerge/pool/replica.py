@@ -246,6 +246,10 @@ class Replica:
 
         return Peers(self._room)
 
+    def refuse_inside(self, out: Path) -> None:
+        """Raise OutputError for an output that would lie in the replica's folder, or around it."""
+        self._room.refuse_inside(out)
+
     def giving(self) -> Giving:
         """The blobs that it gives to others."""
         from crdtmerge.pool.transfer import Giving

@@ -65,6 +65,18 @@ class Giving:
     def __init__(self, room: Room) -> None:
         self._room = room
 
+    def needed(self) -> set[bytes]:
+        """The blobs that contents with a live ADD and the base need, here or not."""
+        return self._room.needed()
+
+    def manifest_sizes(self) -> dict[bytes, int]:
+        """The bytes of each manifest that is here, by content."""
+        return dict(self._room.database.rows("SELECT content, length(manifest) FROM manifests ORDER BY content"))
+
+    def lease(self) -> Lease:
+        """A context in which blobs that it is told of are not collected."""
+        return Lease(self._room.database)
+
     def blob(self, digest: bytes) -> Blob | None:
         """A blob that is here."""
         return self._room.blobs.get(digest)
