@@ -68,6 +68,9 @@ class Session:
         self._wanted: dict[bytes, tuple[bool, Bound, int]] = {}
         self._offered: dict[bytes, Bound] = {}
 
+    def __len__(self) -> int:
+        return len(self._wanted)
+
     def wanted(self) -> list[bytes]:
         """Ids that the other has, in its order: that of their ranges, and within these as they were listed."""
         return sorted(self._wanted, key=self._wanted.__getitem__)

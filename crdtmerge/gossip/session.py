@@ -28,6 +28,9 @@ PENDING_MAX = 500
 PENDING_BYTES_MAX = 8 << 20
 """Their bytes."""
 
+WANTED_MAX = 1 << 16
+"""Ids that are remembered of what the other has; beyond, these are fetched first and the ranges opened anew."""
+
 ROUNDS_MAX = 100_000
 """Rounds of one session: one that never ends is no honest peer's."""
 
@@ -50,8 +53,6 @@ class Opener:
 
     def __init__(self, holding: Holding, said: Iterable[bytes] = ()) -> None:
         self._holding, self._said = holding, tuple(said)
-        self._session = reconcile.Session(holding.index)
-        self._ranges: reconcile.Ranges | None = self._session.opening()
         self._heads = holding.opset.heads()
         self._wanted: dict[bytes, None] = {}
         self._asked: set[bytes] = set()
@@ -66,6 +67,13 @@ class Opener:
         """Contents whose manifests must be fetched: hand them to ``supply``."""
         self.unknown_there: set[bytes] = set()
         """Contents whose manifests the other side must be given before it takes what is offered."""
+        self._compare()
+
+    def _compare(self) -> None:
+        """Open the ranges."""
+        self._session = reconcile.Session(self._holding.index)
+        self._ranges: reconcile.Ranges | None = self._session.opening()
+        self._cut_short, self._before = False, len(self.summary.received)
 
     def request(self) -> Request | None:
         """What to say next, None when all is said."""
@@ -73,6 +81,8 @@ class Opener:
             raise FalsePeerError("a session that does not end.")
         ops, manifests = self._holding.payload(self._offered)
         wants = tuple(one for one in self._wanted if one not in self._pending)[:WANTS_MAX]
+        if self._cut_short and not (wants or ops) and len(self.summary.received) > self._before:
+            self._compare()
         ranges = reconcile.pack(self._ranges) if self._ranges else None
         if not (self._first or ranges or wants or ops):
             return None
@@ -123,6 +133,8 @@ class Opener:
         if not ranges and self.summary.rounds <= 1:
             self.summary.equal = True
         self._ranges = self._session.take(ranges) or None
+        if len(self._session) > WANTED_MAX:
+            self._ranges, self._cut_short = None, True
         known = self._holding.opset
         if self._ranges is None:  # now their order is known: causes first, so that nothing has to wait
             self._wanted.update((one, None) for one in self._session.wanted() if one not in known)

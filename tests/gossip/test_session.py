@@ -6,7 +6,10 @@ import random
 
 import pytest
 
+from crdtmerge.errors import FalsePeerError
+from crdtmerge.gossip import reconcile, session
 from crdtmerge.gossip.holding import Holding
+from crdtmerge.gossip.messages import Answer
 from crdtmerge.replica.op import Remove, Retract
 from tests.gossip.memory import MemoryStore, converse
 
@@ -107,3 +110,38 @@ def test_news_of_another_process_are_told_though_a_session_met_them_first() -> N
     converse(Holding(other), holding)
     assert holding.refresh() == [written]
     assert holding.refresh() == []
+
+
+def test_a_session_that_does_not_end_is_no_honest_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "ROUNDS_MAX", 100)
+    opener, source = session.Opener(Holding(MemoryStore(1))), random.Random(1)
+    for _ in range(session.ROUNDS_MAX):
+        assert opener.request() is not None
+        opener.summary.rounds += 1
+        opener.take(Answer(ranges=reconcile.pack([reconcile.Range(None, reconcile.PRINT, source.randbytes(32))])))
+    with pytest.raises(FalsePeerError, match="does not end"):
+        opener.request()
+
+
+def test_what_a_liar_says_it_has_is_remembered_within_bounds() -> None:
+    opener, source = session.Opener(Holding(MemoryStore(1))), random.Random(1)
+    while opener.request() is not None and opener.summary.rounds < 40:
+        opener.summary.rounds += 1
+        said = [
+            reconcile.Range((height, b""), reconcile.IDS, [source.randbytes(32) for _ in range(190)])
+            for height in range(1, 31)
+        ]
+        said.append(reconcile.Range(None, reconcile.PRINT, source.randbytes(32)))
+        opener.take(Answer(ranges=reconcile.pack(said)))
+    assert len(opener._session.wanted()) <= 100_000
+
+
+def test_more_than_is_remembered_of_a_peer_is_fetched_in_several_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WANTED_MAX", 500)
+    one, other = MemoryStore(1), MemoryStore(2)
+    for number in range(3000):
+        one.add(b"%d" % number)
+    for number in range(700):
+        other.add(b"other %d" % number)
+    assert len(converse(Holding(other), Holding(one)).received) == 3000
+    assert one.opset.state_root == other.opset.state_root

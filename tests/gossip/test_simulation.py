@@ -25,18 +25,14 @@ from tests.replica.naive import Naive
 CHUNK, SAMPLE = 25, 300
 """Runs of each test, and of all of them in ``make test``; raise it for more."""
 
-ORACLE_EACH = 10
-"""In one of so many runs the slow oracle is asked too."""
-
 SOAK_FIRST, SOAK_LAST = map(int, os.environ.get("CRDTMERGE_SOAK_SEEDS", "1000-20999").split("-"))
 SOAK_CHUNK = 250
 
 
 def checked(seed: int) -> Outcome:
-    """A run with all its checks."""
+    """A run with all its checks, and the oracle's."""
     outcome = Simulation(seed).run()
-    if seed % ORACLE_EACH == 0:
-        check_oracle(outcome.opsets[-1])
+    check_oracle(outcome.opsets[-1])
     return outcome
 
 
