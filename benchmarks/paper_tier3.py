@@ -6,6 +6,8 @@ RULES
 - Some nodes of the first ordering and one of each other ordering resolve; the bytes of all are compared.
 - In parts, ten groups of ten join among themselves first: ten roots; then all of them: one, that of no parts at all.
 - Every registered strategy on ten nodes, three orderings each; slerp on 2 to 50 nodes.
+- Epidemic: in every round each of 1000 nodes holds one session with a random other (production sessions, no sockets);
+  rounds until one operation is everywhere, beside ceil(log2 n) + 4.
 - crdt-merge does the same joins and one resolve of slerp in its own environment, in the same run.
 
 Example: python -m benchmarks.paper_tier3
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
 import subprocess
 import time
@@ -25,6 +28,7 @@ import numpy as np
 
 import crdtmerge as cm
 from crdtmerge.strategies.registry import BUILT_IN
+from crdtmerge.testing.epidemic import epidemic
 
 PEER = Path(".peers/crdt-merge/bin/python")
 
@@ -111,6 +115,14 @@ def strategies(count: int, size: int) -> dict[str, bool]:
     return found
 
 
+def epidemics(nodes: int) -> dict[str, Any]:
+    """Rounds until one operation is everywhere, for a few seeds."""
+    rounds = [epidemic(nodes, seed) for seed in range(4)]
+    bound = math.ceil(math.log2(nodes)) + 4
+    assert max(rounds) <= bound
+    return {"nodes": nodes, "rounds": rounds, "bound": bound}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--nodes", type=int, default=100)
@@ -122,6 +134,7 @@ def main() -> None:
         "orderings": orderings(asked.nodes, asked.size, asked.orderings, asked.resolving),
         "parts": parted(asked.nodes, asked.size, 10),
         "strategies": strategies(10, 64),
+        "epidemic": epidemics(1000),
         "scaling": [orderings(count, asked.size, 3, 1) for count in (2, 5, 10, 20, 50)],
     }
     if PEER.exists():
