@@ -26,6 +26,7 @@ class Reporter:
         self._node = node
         self._seen: object = None
         self._set: Report | None = None
+        self._sizes: dict[bytes, int] = {}
 
     async def run(self) -> None:
         """Keep it up to date."""
@@ -101,7 +102,9 @@ class Reporter:
 
     def _visible(self, entry: Entry, ready: bool) -> Visible:
         replica = self._node.replica
-        here = replica.bytes_of(entry.id)
+        whole = self._sizes.get(entry.id) or replica.whole_bytes_of(entry.id)
+        if whole is not None:
+            self._sizes[entry.id] = whole
         return {
             "id": entry.id.hex(),
             "weight": str(entry.weight),
@@ -110,8 +113,8 @@ class Reporter:
             "adders": [key.hex() for key in entry.adders],
             "note": entry.note,
             "ready": ready,
-            "bytes": replica.whole_bytes_of(entry.id),
-            "missing_bytes": 0 if ready else (replica.whole_bytes_of(entry.id) or 0) - (here or 0),
+            "bytes": whole,
+            "missing_bytes": 0 if ready else (whole or 0) - (replica.bytes_of(entry.id) or 0),
         }
 
     def _peer(self, contact: Contact) -> Peer:
