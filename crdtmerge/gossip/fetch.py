@@ -343,7 +343,7 @@ def _batches(wants: list[Want]) -> list[list[Want]]:
     room = 0
     for want in wants:
         room -= want.nbytes
-        if room < 0 or len(groups[-1]) >= SMALL_MAX:
+        if not groups or room < 0 or len(groups[-1]) >= SMALL_MAX:
             groups.append([])
             room = SMALL_BYTES_MAX - want.nbytes
         groups[-1].append(want)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 from aiohttp import web
 
 from crdtmerge import limits
-from crdtmerge.errors import CrdtMergeError, FalsePeerError, UsageError
+from crdtmerge.errors import CrdtMergeError, FalsePeerError, ReplicaError, UsageError
 from crdtmerge.gossip import address, messages, tls, wire
 from crdtmerge.gossip.client import HttpPeer, connections
 from crdtmerge.gossip.fetch import Fetch, Fetched
@@ -261,14 +261,17 @@ class Node:
             await self._fetch_soon.wait()
             self._fetch_soon.clear()
             sources = [one.link for one in self.spread.contacts.values() if one.banned_until is None]
-            self.fetching = Fetch(self.receiving, [one for one in sources if isinstance(one, HttpPeer)], call=self.call)
+            links = [one for one in sources if isinstance(one, HttpPeer)]
+            self.fetching = fetching = Fetch(self.receiving, links, call=self.call)
             try:
-                fetched = await self.fetching.run()
+                fetched = await fetching.run()
                 self.warnings.pop("fetch", None)
             except CrdtMergeError as fault:
                 self.warnings["fetch"] = str(fault)
-                fetched = self.fetching.fetched
+                fetched = fetching.fetched
                 fetched.lacking += 1
+            finally:
+                self.fetching = None
             self._learn(fetched)
             self.warnings |= {
                 f"quota {key.hex()}": f"{count} contributions of {key.hex()[:16]} are over its quota and not fetched."
@@ -291,6 +294,10 @@ class Node:
         total.nbytes += fetched.nbytes
         total.resumed_bytes += fetched.resumed_bytes
         total.lacking = fetched.lacking
+        for name in [*total.failing.keys() - fetched.failing.keys()]:
+            self.warnings.pop(f"fetch from {name}", None)
+        self.warnings |= {f"fetch from {name}": why for name, why in fetched.failing.items()}
+        total.failing = fetched.failing
         for name, why in fetched.false.items():
             total.false[name] = why
             if name in self.spread.contacts:
@@ -344,7 +351,7 @@ class Node:
         found: dict[bytes, bytes] = {}
         room = wire.WHOLE_BYTES_MAX
         for digest in dict.fromkeys(digests):
-            data = await asyncio.to_thread(self.giving.whole, digest)
+            data = await self._given(self.giving.whole, digest)
             if data is not None:
                 room -= len(data)
                 if room < 0:
@@ -362,7 +369,15 @@ class Node:
 
     async def piece(self, blob: Blob, number: int) -> Any:
         """The bytes of one of its pieces, checked."""
-        return await asyncio.to_thread(self.giving.piece, blob, number)
+        return await self._given(self.giving.piece, blob, number)
+
+    async def _given(self, give: Callable[..., Any], *what: Any) -> Any:
+        """Bytes of a blob; that it is damaged is said here too."""
+        try:
+            return await asyncio.to_thread(give, *what)
+        except ReplicaError as fault:
+            self.warnings["damage"] = str(fault)
+            raise
 
     async def lacking(self) -> wire.LackingThere:
         """What is not here."""

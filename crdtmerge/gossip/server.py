@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import re
 import ssl
 import time
@@ -19,6 +20,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Protocol
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from crdtmerge import limits
 from crdtmerge.errors import CrdtMergeError, FalsePeerError, NotAllowedError, PoolMismatchError, StorageError
@@ -45,6 +47,9 @@ IDLE_SECONDS = 60.0
 """A connection without a whole request for so long is closed: also one whose headers drip."""
 
 HANDSHAKE_SECONDS = 10.0
+
+LINGERING_SECONDS = 1.0
+"""After a refusal, what still comes of its body is read and dropped for so long."""
 
 MANIFEST = re.compile(r"/v1/manifest/([0-9a-f]{64})")
 TREE = re.compile(r"/v1/tree/([0-9a-f]{64})")
@@ -112,11 +117,27 @@ class Desk(Protocol):
         ...
 
 
+def _is_worth_a_line(record: logging.LogRecord) -> bool:
+    """What any stranger can send as often as he likes is not."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+_LOG = logging.getLogger(__name__)
+_LOG.addFilter(_is_worth_a_line)
+
+
 class Connections(web.Server):
     """The server, which knows how long each connection has been without a request."""
 
     def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]) -> None:
-        super().__init__(handler, access_log=None, auto_decompress=False, keepalive_timeout=IDLE_SECONDS)
+        super().__init__(
+            handler,
+            access_log=None,
+            logger=_LOG,
+            auto_decompress=False,
+            keepalive_timeout=IDLE_SECONDS,
+            lingering_time=LINGERING_SECONDS,
+        )
         self._idle_since: dict[Any, float] = {}
         self._busy: dict[Any, int] = {}
 

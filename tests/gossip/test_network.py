@@ -153,6 +153,8 @@ def check_network(root: Path, seed: int, count: int, faults: Faults) -> None:
     with Network(root, seed, count, faults) as network:
         added = [network.add(number) for number in range(count)]
         network.settle(set(added))
+        if faults is FLAKY:
+            assert sum(proxy.broken for proxy in network.edges.values()), "the network is bad"
         network.part()
         more = [network.add(number) for number in (0, count - 1, 1)]
         network.remove(0, added[0])

@@ -148,7 +148,7 @@ def script(partials: Partials, replica: Replica, tensors: list[Pieces]) -> None:
         finish(replica, partials, partial)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(1, 20))])
 def test_power_may_go_at_any_step_and_all_is_whole_in_the_end(tmp_path: Path, seed: int) -> None:
     tensors = [Pieces.of(seed, 2.5), Pieces.of(seed + 100, 4)]
     disk = VolatileDisk(seed)
@@ -199,8 +199,7 @@ def test_a_file_that_was_named_and_not_entered_is_not_fetched_again(replica: Rep
     check_here(replica, tensor)
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
-@pytest.mark.parametrize("short", [False, True])
+@pytest.mark.parametrize(("number", "short"), [(errno.EIO, False), (errno.ENOSPC, True)])
 def test_whatever_effect_fails_repeating_it_succeeds(tmp_path: Path, number: int, short: bool) -> None:
     tensors = [Pieces.of(1, 2.5), Pieces.of(2, 3)]
     count = Count()
