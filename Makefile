@@ -2,7 +2,7 @@
 #
 #   make demo     train, merge and verify small networks on real images, in under a minute
 #   make test     lint, types and the test suite: what continuous integration runs
-#   make soak     the long runs: 20,000 histories, 200 kills, every seeded fault (half an hour; docs/soak.md)
+#   make soak     the long runs: 20,000 histories and simulations, kills, every seeded fault (an hour; docs/soak.md)
 #   make bench    ratios to mergekit, crdt-merge, plain torch and the machine's floor (long; see benchmarks/)
 
 PYTHON ?= python3
@@ -31,6 +31,8 @@ bench: $(VENV)/test.installed
 	$(BIN)/python -m benchmarks.merge --size big
 	$(BIN)/python -m benchmarks.merge --size big --memory
 	$(BIN)/python -m benchmarks.replica --ops 100000 --model .bench/big/ft1
+	$(BIN)/python -m benchmarks.gossip
+	$(BIN)/python -m benchmarks.paper_tier3
 
 docs: $(VENV)/test.installed
 	$(BIN)/python -m tests.house.cli_page > docs/cli.md
