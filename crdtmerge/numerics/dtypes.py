@@ -6,7 +6,6 @@ Storage types that numpy lacks are handled as unsigned integers of the same size
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -34,7 +33,10 @@ class DType:
         >>> DTYPES["F4"].nbytes((3, 2))
         3
         """
-        return math.prod(shape) * self.bits // 8
+        bits = self.bits
+        for size in shape:
+            bits *= size
+        return bits // 8
 
     @property
     def floating(self) -> bool:

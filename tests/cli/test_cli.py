@@ -26,8 +26,8 @@ from tests.resolve.running import ROOT, Ran, environment, here, process, program
 
 COMMANDS = (
     *("merge", "verify", "inspect", "strategies", "init", "add", "remove", "retract", "status", "log", "show"),
-    *("resolve", "recipe", "export", "import", "fsck", "gc"),
-    *("keys show", "keys import", "keys grant", "keys revoke"),
+    *("resolve", "recipe", "export", "import", "sync", "serve", "fsck", "gc"),
+    *("keys show", "keys import", "keys trust", "keys distrust", "keys invite", "keys grant", "keys revoke"),
 )
 HEX = set("0123456789abcdef")
 

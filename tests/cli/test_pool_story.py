@@ -131,7 +131,8 @@ def test_a_stranger_contributes_once_a_founder_granted_it(two: Callable[..., Two
     agree(a, b)
     text = told(a.looks("status"), f'{other[:12]}  weight 2  by {b_key[:12]}  "from B"')
     assert f'{one[:12]}  weight 1  by you  "from A"' in text
-    ranks = [{"key": a_key, "rank": "founder"}, {"key": b_key, "rank": "member"}]
+    untrusted = {"trusted": False, "url": None}
+    ranks = [{"key": a_key, "rank": "founder", **untrusted}, {"key": b_key, "rank": "member", **untrusted}]
     assert sorted(a.asks("keys", "show")["keys"], key=str) == sorted(ranks, key=str)
     assert a.asks("resolve", "-o", tmp_path / "at-a")["merged"]
     assert b.asks("resolve", "-o", tmp_path / "at-b")["merged"]
