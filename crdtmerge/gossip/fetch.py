@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,11 +38,6 @@ FAILURES_MAX = 3
 """After so many failures a source is left alone until the next fetch."""
 
 COMMIT_SECONDS = 2.0
-COMMIT_BYTES = 12 * limits.MIB
-"""How often what was written is made durable."""
-
-WRITING_MAX = 4
-"""Pieces of one stretch that are being checked and written."""
 
 Call = Callable[..., Awaitable[Any]]
 """Runs a function that may block, beside the event loop."""
@@ -122,7 +116,6 @@ class Fetch:
         self._elsewhere = 0
         self._moved = asyncio.Event()
         self._done, self._total = 0, 0
-        self._enough, self._unsynced = asyncio.Event(), 0
         self.fetched = Fetched()
 
     @property
@@ -280,7 +273,7 @@ class Fetch:
         one.sources.add(source.name)
         begin, last = first * limits.PIECE_BYTES, min(end * limits.PIECE_BYTES, tree.nbytes)
         number, buffer, filled = first, bytearray(tree.piece_bytes(first)), 0
-        writing: deque[asyncio.Task[Any]] = deque()
+        writing: asyncio.Task[Any] | None = None
         try:
             async for data in source.stretch(tree.digest, begin, last):
                 view = memoryview(data)
@@ -292,39 +285,34 @@ class Fetch:
                     buffer[filled : filled + step] = view[:step]
                     view, filled = view[step:], filled + step
                     if filled == len(buffer):
-                        if len(writing) >= WRITING_MAX:
+                        if writing is not None:
                             await self._wrote(writing)
-                        writing.append(asyncio.create_task(self._write(one.partial, number, buffer)))
+                        writing = asyncio.create_task(self._write(one.partial, number, buffer))
                         number += 1
                         buffer, filled = bytearray(tree.piece_bytes(number) if number < end else 0), 0
             if number == first and not filled:
                 one.absent.add(source.name)
             elif number < end:
                 raise PeerError(f"{source.name} ends before byte {last} of {tree.digest.hex()}.")
-            while writing:
+            if writing is not None:
                 await self._wrote(writing)
         except PeerError:
-            while writing:  # wrong bytes say more of a source than that it broke off
+            if writing is not None:  # wrong bytes say more of a source than that it broke off
                 await self._wrote(writing)
             raise
         finally:
-            await asyncio.gather(*writing, return_exceptions=True)
+            if writing is not None:
+                await asyncio.gather(writing, return_exceptions=True)
             one.underway -= 1
             one.sources.discard(source.name)
             one.stretches.extend(runs((n for n in one.partial.lacks() if first <= n < end), STRETCH_PIECES))
 
     async def _write(self, partial: Partial, number: int, data: bytearray) -> int:
         await asyncio.to_thread(self._receiving.write, partial, number, data)
-        self._unsynced += len(data)
-        if self._unsynced >= COMMIT_BYTES:
-            self._enough.set()
         return len(data)
 
-    async def _wrote(self, writing: deque[asyncio.Task[Any]]) -> None:
-        """Wait for the first; one that is interrupted stays in the queue, for its thread goes on."""
-        nbytes = await asyncio.shield(writing[0])
-        writing.popleft()
-        self._advance(nbytes)
+    async def _wrote(self, writing: asyncio.Task[Any]) -> None:
+        self._advance(await writing)
 
     async def _close(self, one: Transfer) -> None:
         one.closed = True
@@ -344,14 +332,9 @@ class Fetch:
         named.setdefault(source.name, str(fault))
 
     async def _commit_now_and_then(self) -> None:
-        """Beside the writing, which goes on: it waits only where the disk falls far behind."""
         while True:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(COMMIT_SECONDS):
-                    await self._enough.wait()
-            self._enough.clear()
-            self._unsynced = 0
-            await asyncio.to_thread(self._receiving.commit)
+            await asyncio.sleep(COMMIT_SECONDS)
+            await self._call(self._receiving.commit)
 
 
 def _batches(wants: list[Want]) -> list[list[Want]]:
