@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING
 
 from crdtmerge.errors import UsageError
 from crdtmerge.gossip import address
-from crdtmerge.gossip.sync import Progress, Synced, begin_from_peer, sync_peer
+from crdtmerge.gossip.sync import Synced, begin_from_peer, sync_peer
 from crdtmerge.keys import Key
+from crdtmerge.pool.room import Progress, silent
 
 if TYPE_CHECKING:
     from crdtmerge.pool.replica import Replica
 
 
-def sync(
-    replica: Replica, where: str | Path, *, insecure: bool = False, progress: Progress = lambda *_: None
-) -> Synced:
+def sync(replica: Replica, where: str | Path, *, insecure: bool = False, progress: Progress = silent) -> Synced:
     """Bring a replica and a peer (``https://…``), a folder or a bucket (``s3://bucket/prefix``) to the same set.
 
     Raises PeerError where it cannot be reached, FalsePeerError where it answers what no honest one does,
@@ -40,7 +39,7 @@ def begin(
     *,
     key: Key | None = None,
     quota: int | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Replica:
     """A new replica of an existing pool, from a peer's invitation, a folder, a bucket, or a file that was exported.
 

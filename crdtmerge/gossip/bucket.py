@@ -28,7 +28,7 @@ from urllib.parse import unquote, urlsplit
 from crdtmerge import limits
 from crdtmerge.errors import FalsePeerError, InputError, OutputError, PeerError, UsageError
 from crdtmerge.gossip import objects
-from crdtmerge.gossip.fetch import Call, Fetch
+from crdtmerge.gossip.fetch import Fetch
 from crdtmerge.gossip.folder import Folder
 from crdtmerge.gossip.object_store import Bucket
 from crdtmerge.gossip.places import Place
@@ -36,6 +36,7 @@ from crdtmerge.gossip.stored import BucketReport, Stored
 from crdtmerge.gossip.stored_blobs import Offered, StoredBlobs
 from crdtmerge.gossip.stored_ops import StoredOps
 from crdtmerge.gossip.storing import Storing
+from crdtmerge.gossip.talk import Call
 from crdtmerge.keys import Key
 from crdtmerge.pool.replica import Replica
 from crdtmerge.pool.room import Progress, silent

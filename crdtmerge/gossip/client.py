@@ -80,9 +80,9 @@ class HttpPeer:
         """One round of a session. Raises PoolMismatchError too."""
         return await self._call("POST", "/v1/sync", message, bytes_max=messages.FRAME_BYTES_MAX) or b""
 
-    async def join(self, key: Key, server: bytes, secret: bytes, url: str | None = None) -> bytes:
+    async def join(self, key: Key, server: bytes, secret: bytes) -> bytes:
         """The genesis record, for an invitation."""
-        said = wire.Joining(secret, key.public, url).signed(key, server)
+        said = wire.Joining(secret, key.public).signed(key, server)
         data = await self._call("POST", "/v1/join", said, bytes_max=limits.MANIFEST_BYTES_MAX)
         assert data is not None, "only a path that may be absent answers nothing"
         return data

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from crdtmerge import limits
 from crdtmerge.errors import FalsePeerError, PeerError
+from crdtmerge.gossip.batches import batches
+from crdtmerge.gossip.talk import Call
+from crdtmerge.pool.room import Progress, silent
 from crdtmerge.pool.transfer import Lacking, Receiving, Want
 from crdtmerge.store.partials import Partial, runs
 
@@ -38,9 +41,6 @@ FAILURES_MAX = 3
 """After so many failures a source is left alone until the next fetch."""
 
 COMMIT_SECONDS = 2.0
-
-Call = Callable[..., Awaitable[Any]]
-"""Runs a function that may block, beside the event loop."""
 
 
 class Source(Protocol):
@@ -107,7 +107,7 @@ class Fetch:
         sources: Iterable[Source],
         *,
         call: Call = asyncio.to_thread,
-        progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+        progress: Progress = silent,
     ) -> None:
         self._receiving, self._call, self._progress = receiving, call, progress
         self._sources = {source.name: source for source in sources}
@@ -167,7 +167,8 @@ class Fetch:
         """What is lacking after one source brought what it has."""
         here: set[bytes] = set()
         try:
-            for batch in _batches([want for want in lacking.tensors if want.whole]):
+            small = (want for want in lacking.tensors if want.whole)
+            for batch in batches(small, lambda want: want.nbytes, bytes_max=SMALL_BYTES_MAX, count_max=SMALL_MAX):
                 found = await source.whole([want.digest for want in batch])
                 came = [(want, found[want.digest]) for want in batch if want.digest in found]
                 if came:
@@ -335,19 +336,6 @@ class Fetch:
         while True:
             await asyncio.sleep(COMMIT_SECONDS)
             await self._call(self._receiving.commit)
-
-
-def _batches(wants: list[Want]) -> list[list[Want]]:
-    """Groups that are asked for together."""
-    groups: list[list[Want]] = []
-    room = 0
-    for want in wants:
-        room -= want.nbytes
-        if not groups or room < 0 or len(groups[-1]) >= SMALL_MAX:
-            groups.append([])
-            room = SMALL_BYTES_MAX - want.nbytes
-        groups[-1].append(want)
-    return groups
 
 
 def _first(faults: BaseExceptionGroup) -> BaseException:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from crdtmerge import limits
 from crdtmerge.gossip import wire
+from crdtmerge.gossip.batches import batches
 from crdtmerge.gossip.client import HttpPeer
-from crdtmerge.gossip.fetch import SMALL_BYTES_MAX
+from crdtmerge.gossip.fetch import SMALL_BYTES_MAX, SMALL_MAX
+from crdtmerge.pool.room import Progress, silent
 from crdtmerge.pool.transfer import Giving
 from crdtmerge.store.blobs import Blob
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Given:
     nbytes: int = 0
 
 
-async def give(giving: Giving, peer: HttpPeer, progress: Progress = lambda *_: None) -> Given:
+async def give(giving: Giving, peer: HttpPeer, progress: Progress = silent) -> Given:
     """Give a peer what it lacks and is here, until it lacks no more of that. Raises PeerError, ReplicaError."""
     given, before = Given(), -1
     while before != given.blobs:
@@ -42,7 +42,8 @@ async def _give(giving: Giving, there: wire.LackingThere, peer: HttpPeer, given:
         given.nbytes += nbytes
         progress("sending", min(given.nbytes - begun, total), total)
 
-    for batch in _batches([(one, blobs[one].nbytes) for one in there.whole if one in blobs]):
+    small = (one for one in there.whole if one in blobs)
+    for batch in batches(small, lambda one: blobs[one].nbytes, bytes_max=SMALL_BYTES_MAX, count_max=SMALL_MAX):
         found = {one: data for one in batch if (data := await asyncio.to_thread(giving.whole, one)) is not None}
         await peer.give_whole(found)
         given.blobs += len(found)
@@ -63,15 +64,3 @@ async def _give_pieces(giving: Giving, blob: Blob, have: bytes, peer: HttpPeer, 
             data = bytes(await asyncio.to_thread(giving.piece, blob, number))
             await peer.give_piece(blob.digest, number, data, blob.nbytes)
             sent(len(data))
-
-
-def _batches(sizes: Iterable[tuple[bytes, int]]) -> list[list[bytes]]:
-    groups: list[list[bytes]] = []
-    room = -1
-    for digest, nbytes in sizes:
-        room -= nbytes
-        if room < 0:
-            groups.append([])
-            room = SMALL_BYTES_MAX - nbytes
-        groups[-1].append(digest)
-    return groups

@@ -9,7 +9,7 @@ from typing import Protocol
 from crdtmerge.gossip.index import Index
 from crdtmerge.gossip.messages import PAYLOAD_BYTES_MAX, SMALL_MANIFEST_BYTES
 from crdtmerge.replica.contribution import Manifest
-from crdtmerge.replica.op import Add, Op
+from crdtmerge.replica.op import SIGNATURE_BYTES, Add, Op, op_id
 from crdtmerge.replica.opset import Joined, OpSet
 
 
@@ -83,6 +83,13 @@ class Holding:
         self._index = Index(orders)
         self._of_key = Counter(dot[:32] for dot, _, _ in self.opset.tables.every("dots"))
         self._news += [self.opset.op(order[1]) for order in orders if not before.has(order)]
+
+    def read(self, wires: Iterable[bytes]) -> list[Op]:
+        """Operations of others; those that are here are left out before their signatures cost anything.
+
+        Raises OpError for what is no operation.
+        """
+        return [Op.from_wire(wire) for wire in wires if op_id(wire[SIGNATURE_BYTES:]) not in self.opset]
 
     def take(self, ops: Iterable[Op], manifests: Mapping[bytes, Manifest]) -> Joined:
         """Take operations of others, as far as they can be taken, and no more of one key than is allowed."""

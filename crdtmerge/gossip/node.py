@@ -273,7 +273,7 @@ class Node:
             finally:
                 self.fetching = None
             self._learn(fetched)
-            self.warnings |= {
+            self.warnings = {name: said for name, said in self.warnings.items() if not name.startswith("quota ")} | {
                 f"quota {key.hex()}": f"{count} contributions of {key.hex()[:16]} are over its quota and not fetched."
                 for key, count in self.receiving.over_quota.items()
             }

@@ -145,7 +145,7 @@ class Reporter:
         return [
             {
                 "digest": one.want.digest.hex(),
-                "content": None,
+                "content": found.hex() if (found := self._node.receiving.needed_by(one.want.digest)) else None,
                 "bytes": one.want.nbytes,
                 "done_bytes": one.done_bytes,
                 "sources": len(one.sources),

@@ -139,24 +139,23 @@ class Connections(web.Server):
             lingering_time=LINGERING_SECONDS,
         )
         self._idle_since: dict[Any, float] = {}
-        self._busy: dict[Any, int] = {}
+        self._strangers: set[Any] = set()
 
     def connection_made(self, handler: Any, transport: asyncio.Transport) -> None:
         """Count a connection, or close it where there are too many."""
         super().connection_made(handler, transport)
-        stranger = tls.peer_key(transport.get_extra_info("ssl_object")) is None
-        secure = transport.get_extra_info("ssl_object") is not None
+        connection = transport.get_extra_info("ssl_object")
         self._idle_since[handler] = time.monotonic()
-        if len(self._idle_since) > CONNECTIONS_MAX or (secure and stranger and self._strangers() >= STRANGERS_MAX):
+        if connection is not None and tls.peer_key(connection) is None:
+            self._strangers.add(handler)
+        if len(self._idle_since) > CONNECTIONS_MAX or len(self._strangers) > STRANGERS_MAX:
             transport.abort()
-        elif secure and stranger:
-            self._busy.setdefault(handler, 0)
 
     def connection_lost(self, handler: Any, exc: BaseException | None = None) -> None:
         """Forget it."""
         super().connection_lost(handler, exc)
         self._idle_since.pop(handler, None)
-        self._busy.pop(handler, None)
+        self._strangers.discard(handler)
 
     def begin(self, handler: Any) -> None:
         """A request is being answered."""
@@ -172,9 +171,6 @@ class Connections(web.Server):
         for handler, since in list(self._idle_since.items()):
             if since < time.monotonic() - IDLE_SECONDS and handler in self._connections:
                 self._connections[handler].abort()
-
-    def _strangers(self) -> int:
-        return len(self._busy)
 
 
 class HttpServer:

@@ -143,7 +143,7 @@ class Opener:
     def _receive(self, answer: Answer) -> bool:
         """Take the operations of an answer; whether any came."""
         try:
-            ops = [Op.from_wire(wire) for wire in answer.ops]
+            ops = self._holding.read(answer.ops)
             found = [Manifest.from_bytes(data) for data in answer.manifests]
         except InputError as fault:
             raise FalsePeerError(f"a peer sent what is no operation: {fault}") from None
@@ -199,7 +199,7 @@ def respond(
     if request.pool != holding.pool:
         raise PoolMismatchError(f"this is pool {holding.pool.hex()}; the request is for pool {request.pool.hex()}.")
     try:
-        ops = [Op.from_wire(wire) for wire in request.ops]
+        ops = holding.read(request.ops)
         beside = {(found := Manifest.from_bytes(data)).id: found for data in request.manifests}
         ranges = None if request.ranges is None else reconcile.unpack(request.ranges)
     except InputError as fault:

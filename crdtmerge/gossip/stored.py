@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from crdtmerge import limits
 from crdtmerge.errors import FalsePeerError, InputError
 from crdtmerge.gossip import objects
+from crdtmerge.gossip.batches import Item, batches
 from crdtmerge.gossip.objects import Listing, manifest_name
 from crdtmerge.gossip.places import FLIGHT_BYTES_MAX, FLIGHT_MAX, Place
 from crdtmerge.replica.contribution import Manifest
@@ -19,8 +19,6 @@ NAMED_MAX = 1000
 
 NAME_CHARACTERS_MAX = 300
 """Of a name in a report; ours have at most 180."""
-
-Item = TypeVar("Item")
 
 
 @dataclass
@@ -133,18 +131,5 @@ def _shown(name: str) -> str:
 
 
 def groups(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:
-    """Items in groups that may be on their way at a time.
-
-    >>> [len(group) for group in groups(range(20), lambda item: 0)]
-    [8, 8, 4]
-    """
-    group: list[Item] = []
-    room = FLIGHT_BYTES_MAX
-    for item in items:
-        room -= nbytes(item)
-        if group and (room < 0 or len(group) == FLIGHT_MAX):
-            yield group
-            group, room = [], FLIGHT_BYTES_MAX - nbytes(item)
-        group.append(item)
-    if group:
-        yield group
+    """Items in groups that may be on their way at a time."""
+    return batches(items, nbytes, bytes_max=FLIGHT_BYTES_MAX, count_max=FLIGHT_MAX)

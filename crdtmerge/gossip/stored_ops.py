@@ -13,10 +13,10 @@ from typing import NamedTuple
 from crdtmerge import limits
 from crdtmerge.errors import FalsePeerError, MismatchError
 from crdtmerge.gossip import objects
-from crdtmerge.gossip.fetch import Call
 from crdtmerge.gossip.objects import Chain, Segment, manifest_name
 from crdtmerge.gossip.places import FLIGHT_BYTES_MAX, FLIGHT_MAX
 from crdtmerge.gossip.stored import Stored, groups
+from crdtmerge.gossip.talk import Call
 from crdtmerge.pool.replica import Replica
 from crdtmerge.replica.contribution import Manifest
 from crdtmerge.replica.op import Add, Op

@@ -15,11 +15,11 @@ from typing import NamedTuple
 from crdtmerge import limits
 from crdtmerge.errors import FalsePeerError, PeerError, ReplicaError
 from crdtmerge.gossip import objects
-from crdtmerge.gossip.fetch import Call
 from crdtmerge.gossip.objects import blob_name, manifest_name, tree_name
 from crdtmerge.gossip.places import PART_BYTES
 from crdtmerge.gossip.stored import Stored, groups
 from crdtmerge.gossip.stored_ops import StoredOps
+from crdtmerge.gossip.talk import Call
 from crdtmerge.pool.replica import Replica
 from crdtmerge.pool.room import Progress
 from crdtmerge.store.blobs import Blob

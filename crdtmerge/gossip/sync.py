@@ -19,12 +19,11 @@ from crdtmerge.gossip.give import give
 from crdtmerge.gossip.holding import Holding
 from crdtmerge.gossip.talk import Call, converse
 from crdtmerge.keys import Key
+from crdtmerge.pool.room import Progress, silent
 from crdtmerge.replica.genesis import Genesis
 
 if TYPE_CHECKING:
     from crdtmerge.pool.replica import Replica
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -58,7 +57,7 @@ class Synced:
         return asdict(self)
 
 
-async def sync_peer(replica: Replica, where: Where, *, progress: Progress = lambda *_: None) -> Synced:
+async def sync_peer(replica: Replica, where: Where, *, progress: Progress = silent) -> Synced:
     """Talk to a peer until both have the union, then move the blobs.
 
     Raises PeerError where it cannot be reached, FalsePeerError where it answers what no honest one does,
@@ -100,7 +99,7 @@ async def begin_from_peer(
     key: Key | None = None,
     *,
     quota: int | None = None,
-    progress: Progress = lambda *_: None,
+    progress: Progress = silent,
 ) -> Replica:
     """A new replica of the pool to which one was invited, in step with the peer, which knows ``key`` from now on.
 
@@ -119,8 +118,12 @@ async def begin_from_peer(
     except InputError as fault:
         raise FalsePeerError(f"{where.url}: {fault}") from None
     replica = await asyncio.to_thread(Replica.of_genesis, folder, genesis, key=own, quota=quota)
-    replica.peers.trust(where.key, where.url)
-    await sync_peer(replica, where, progress=progress)
+    try:
+        replica.peers.trust(where.key, where.url)
+        await sync_peer(replica, where, progress=progress)
+    except BaseException:
+        replica.close()
+        raise
     return replica
 
 

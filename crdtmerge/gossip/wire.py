@@ -37,11 +37,10 @@ class Joining(NamedTuple):
 
     secret: bytes
     key: bytes
-    url: str | None = None
 
     def signed(self, key: Key, server: bytes) -> bytes:
         """The message."""
-        body = [self.secret, self.key, self.url]
+        body = [self.secret, self.key]
         packed: bytes = msgpack.packb([*body, key.sign(_JOIN_DOMAIN + server + msgpack.packb(body))])
         return packed
 
@@ -49,14 +48,14 @@ class Joining(NamedTuple):
     def read(cls, data: bytes, server: bytes) -> Joining:
         """Read and check the message. Raises FalsePeerError."""
         try:
-            secret, key, url, signature = msgpack.unpackb(data)
-            message = _JOIN_DOMAIN + server + msgpack.packb([secret, key, url])
-            sound = isinstance(secret, bytes) and isinstance(url, str | None) and len(key) == 32
+            secret, key, signature = msgpack.unpackb(data)
+            message = _JOIN_DOMAIN + server + msgpack.packb([secret, key])
+            sound = isinstance(secret, bytes) and len(key) == 32
             if not sound or is_small_order(key) or not verify(key, signature, message):
                 raise ValueError("its signature is not that of its key")
         except (ValueError, TypeError, msgpack.exceptions.UnpackException) as fault:
             raise FalsePeerError(f"a message to join is malformed: {fault!s:.80}.") from None
-        return cls(secret, key, url)
+        return cls(secret, key)
 
 
 class LackingThere(NamedTuple):

@@ -13,19 +13,17 @@ RULES
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from crdtmerge import limits
-from crdtmerge.errors import NotAllowedError, OutputError, UsageError
+from crdtmerge.errors import NotAllowedError, UsageError
 from crdtmerge.keys import Key
+from crdtmerge.pool.beginning import found, new_folder
 from crdtmerge.pool.room import KEY_NAME, Progress, Room, Taking, silent
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.architecture import Architecture
@@ -131,12 +129,12 @@ class Replica:
             raise UsageError("where every key is a curator (--curator any), --members-only keeps nobody out.")
         founder = key or Key.generate()
         founders = curators if isinstance(curators, str) else tuple(dict.fromkeys([founder.public, *curators]))
-        with _new_folder(Path(folder)) as staged:
+        with new_folder(Path(folder)) as staged:
             room = Room.begun(staged, Genesis(asked), founder, quota, disk or Disk())
             try:
                 if base is None:
                     genesis = Genesis(completed(asked, None), architecture_of(like), membership, founders)
-                    _found(room, genesis, None, None)
+                    found(room, genesis, None, None)
                 else:
                     with Taking(room, asked, None, threads, progress) as (intake, staging):
                         taken = intake.take(base, "the base")
@@ -147,7 +145,7 @@ class Replica:
                             founders,
                             taken.files,
                         )
-                        _found(room, genesis, taken.manifest, staging)
+                        found(room, genesis, taken.manifest, staging)
             finally:
                 room.database.close()
         return cls.open(folder, disk=disk)
@@ -191,10 +189,10 @@ class Replica:
         """Begin an empty replica of an existing pool; ``first`` fills it before it appears. Raises OutputError."""
         from crdtmerge.store.disk import Disk
 
-        with _new_folder(Path(folder)) as staged:
+        with new_folder(Path(folder)) as staged:
             room = Room.begun(staged, genesis, key or Key.generate(), quota, disk or Disk())
             try:
-                _found(room, genesis, None, None)
+                found(room, genesis, None, None)
                 first(room)
             finally:
                 room.database.close()
@@ -332,11 +330,10 @@ class Replica:
     def whole_bytes_of(self, content: bytes) -> int | None:
         """Bytes of a content's tensors, here or not; None if its manifest is not."""
         from crdtmerge.numerics.dtypes import DTYPES
-        from crdtmerge.store.partials import nbytes_of
 
         manifest = self.manifest(content)
         rows = manifest.rows if manifest else ()
-        return sum(nbytes_of(DTYPES[row.dtype], row.shape) for row in rows if row.dtype in DTYPES) if manifest else None
+        return sum(DTYPES[row.dtype].nbytes(row.shape) for row in rows if row.dtype in DTYPES) if manifest else None
 
     def version(self) -> int:
         """A number that changes when another process or thread commits: how a running node notices."""
@@ -596,44 +593,6 @@ class Replica:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _found(room: Room, genesis: Genesis, base: Manifest | None, staging: Staging | None) -> None:
-    """Keep the genesis record and the base of a new replica."""
-    if staging is not None:
-        staging.sync()
-    with room.database.transaction():
-        room.database.keep("genesis", genesis.to_bytes())
-        if staging is not None:
-            staging.publish(room.quota)
-        if base is not None:
-            room.keep_manifest(base)
-            room.refresh_ready([base.id])
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """A folder under another name, which takes its place when all went well. Raises OutputError."""
-    from crdtmerge.store.disk import Disk, failing
-
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 (links are not followed)
-    staged = folder.with_name(f".{folder.name}.crdtmerge-{secrets.token_hex(4)}")
-    try:
-        if os.path.exists(folder) and folder.samefile("."):  # noqa: PTH110 (a link that leads nowhere is no error here)
-            raise OutputError(f"{folder}: is the folder that you are in; name one that is to be made.")
-        if os.path.lexists(folder) and (not folder.is_dir() or folder.is_symlink() or any(folder.iterdir())):
-            raise OutputError(f"{folder}: exists and is not an empty folder; choose another place.")
-        staged.mkdir(mode=0o700)
-    except OSError as fault:
-        raise OutputError(f"{folder}: cannot be made: {fault.strerror or fault}.") from fault
-    try:
-        yield staged
-        with failing(folder):
-            staged.rename(folder)
-            Disk().sync_folder(folder.parent)
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
 
 
 def _reason(reason: str | None) -> str | None:

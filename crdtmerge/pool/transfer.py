@@ -22,7 +22,7 @@ from crdtmerge.pool.room import Room
 from crdtmerge.replica.contribution import Manifest
 from crdtmerge.store.blobs import Blob, Staging
 from crdtmerge.store.leases import Lease
-from crdtmerge.store.partials import Partial, Partials, Tree, checked_values, nbytes_of
+from crdtmerge.store.partials import Partial, Partials, Tree, checked_values
 from crdtmerge.weights.digests import piece_digests, tensor_digest
 from crdtmerge.weights.facts import Facts
 from crdtmerge.weights.header import Entry
@@ -38,7 +38,7 @@ class Want(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Its bytes."""
-        return nbytes_of(self.dtype, self.shape)
+        return self.dtype.nbytes(self.shape)
 
     @property
     def whole(self) -> bool:
@@ -166,6 +166,10 @@ class Receiving:
             used[author] = used.get(author, 0) + nbytes
             within.append(content)
         return within
+
+    def needed_by(self, digest: bytes) -> bytes | None:
+        """A content that lacks a tensor."""
+        return next((content for content, needs in list(self._needs.items()) if digest in needs), None)
 
     def keep_base(self, data: bytes) -> None:
         """Keep the manifest of the base. Raises FalsePeerError for another one."""

@@ -57,7 +57,7 @@ class Tree(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor."""
-        return nbytes_of(self.dtype, self.shape)
+        return self.dtype.nbytes(self.shape)
 
     @property
     def parts(self) -> int:
@@ -67,11 +67,6 @@ class Tree(NamedTuple):
     def piece_bytes(self, number: int) -> int:
         """Bytes of a piece; the last may be shorter."""
         return min(limits.PIECE_BYTES, self.nbytes - number * limits.PIECE_BYTES)
-
-
-def nbytes_of(dtype: DType, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor."""
-    return int(np.prod(shape, dtype=object)) * dtype.bits // 8
 
 
 class Partial:

@@ -135,7 +135,7 @@ def valid_messages(rig: Rig) -> list[tuple[str, str, bytes, dict[str, str]]]:
         manifests=tuple(manifest.to_bytes() for manifest in manifests.values()),
         said=(said,),
     )
-    joining = wire.Joining(bytes(16), key_of(5).public, "https://x:1").signed(key_of(5), rig.node.key)
+    joining = wire.Joining(bytes(16), key_of(5).public).signed(key_of(5), rig.node.key)
     ranged = {"Content-Range": f"bytes 0-{limits.PIECE_BYTES - 1}/{piece.nbytes}"}
     name = want.digest.hex()
     return [

@@ -13,7 +13,8 @@ import pytest
 from crdtmerge import limits
 from crdtmerge.errors import PeerError, StorageError
 from crdtmerge.gossip import fetch
-from crdtmerge.gossip.fetch import Fetch, _batches
+from crdtmerge.gossip.batches import batches
+from crdtmerge.gossip.fetch import Fetch
 from crdtmerge.numerics.dtypes import DTYPES
 from crdtmerge.pool.replica import Replica
 from crdtmerge.pool.transfer import Want
@@ -222,7 +223,8 @@ def test_a_fetch_that_is_cancelled_keeps_what_came(whole: Replica, late: Replica
 @pytest.mark.parametrize("sizes", [[], [1], [fetch.SMALL_BYTES_MAX] * 3, [1] * 3000, [0] * 2000, [5 << 20, 1, 5 << 20]])
 def test_small_blobs_are_asked_for_in_groups_within_bounds(sizes: Sequence[int]) -> None:
     wants = [Want(bytes([n % 256]) * 32, DTYPES["U8"], (nbytes,)) for n, nbytes in enumerate(sizes)]
-    groups = _batches(wants)
+    bounds = {"bytes_max": fetch.SMALL_BYTES_MAX, "count_max": fetch.SMALL_MAX}
+    groups = list(batches(wants, lambda want: want.nbytes, **bounds))
     assert [want for group in groups for want in group] == wants
     for group in groups:
         assert len(group) <= fetch.SMALL_MAX
