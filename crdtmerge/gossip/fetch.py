@@ -273,7 +273,8 @@ class Fetch:
         one.underway += 1
         one.sources.add(source.name)
         begin, last = first * limits.PIECE_BYTES, min(end * limits.PIECE_BYTES, tree.nbytes)
-        number, buffer, filled = first, bytearray(tree.piece_bytes(first)), 0
+        buffer, other = (memoryview(bytearray(limits.PIECE_BYTES)) for _ in range(2))  # one is filled, one written
+        number, piece, filled = first, buffer[: tree.piece_bytes(first)], 0
         writing: asyncio.Task[Any] | None = None
         try:
             async for data in source.stretch(tree.digest, begin, last):
@@ -282,15 +283,15 @@ class Fetch:
                 while len(view):
                     if number >= end:
                         raise FalsePeerError(f"{source.name} sends more than was asked for.")
-                    step = min(len(view), len(buffer) - filled)
-                    buffer[filled : filled + step] = view[:step]
+                    step = min(len(view), len(piece) - filled)
+                    piece[filled : filled + step] = view[:step]
                     view, filled = view[step:], filled + step
-                    if filled == len(buffer):
+                    if filled == len(piece):
                         if writing is not None:
                             await self._wrote(writing)
-                        writing = asyncio.create_task(self._write(one.partial, number, buffer))
-                        number += 1
-                        buffer, filled = bytearray(tree.piece_bytes(number) if number < end else 0), 0
+                        writing = asyncio.create_task(self._write(one.partial, number, piece))
+                        number, buffer, other = number + 1, other, buffer
+                        piece, filled = buffer[: tree.piece_bytes(number) if number < end else 0], 0
             if number == first and not filled:
                 one.absent.add(source.name)
             elif number < end:
@@ -308,7 +309,7 @@ class Fetch:
             one.sources.discard(source.name)
             one.stretches.extend(runs((n for n in one.partial.lacks() if first <= n < end), STRETCH_PIECES))
 
-    async def _write(self, partial: Partial, number: int, data: bytearray) -> int:
+    async def _write(self, partial: Partial, number: int, data: memoryview) -> int:
         await asyncio.to_thread(self._receiving.write, partial, number, data)
         return len(data)
 

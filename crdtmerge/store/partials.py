@@ -4,8 +4,9 @@
 
 RULES
 1. A blob's tree, its pieces' digests, hashes to its name; a piece hashes to its digest. Nothing else is written.
-2. The table says that a piece is here only once it is durable: ``commit`` syncs first. At most ``UNSYNCED_BYTES_MAX``
-   wait for that, so a killed process fetches no more than those again.
+2. The table says that a piece is here only once it is durable: ``commit`` syncs first. That goes on beside the
+   writing, which waits only where the disk falls behind: at most ``UNSYNCED_BYTES_MAX`` are not durable yet, so a
+   killed process fetches no more than those again.
 3. One process at a time writes a partial blob: it holds the file's lock.
 4. A row or a file that is damaged, and what a sync refused, counts for nothing: those pieces are fetched again.
 """
@@ -17,6 +18,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -101,6 +103,8 @@ class Partials:
         self._open: dict[bytes, Partial] = {}
         self._lock = threading.Lock()
         self._beginning, self._committing = threading.Lock(), threading.Lock()
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="crdtmerge-commit")
+        self._commit: Future[None] | None = None
 
     def __enter__(self) -> Partials:
         return self
@@ -111,6 +115,7 @@ class Partials:
         finally:
             for partial in list(self._open.values()):
                 self.close(partial)
+            self._beside.shutdown()
 
     def begin(self, tree: Tree) -> Partial | None:
         """Begin a blob or go on with it; None while another process does. Raises StorageError."""
@@ -150,7 +155,9 @@ class Partials:
             return
         at = number * limits.PIECE_BYTES
         bad = checked_values(data, at, tree.dtype, tree.digest)
-        with self._held(partial), failing(self._blobs.partial):
+        with self._held(partial) as held, failing(self._blobs.partial):
+            if not held:
+                raise _given_up(tree)
             self._blobs.disk.write(partial.descriptor, at, data)
         with self._lock:
             if not _has(partial.have, number):
@@ -158,8 +165,11 @@ class Partials:
                 partial.unsynced += len(data)
                 partial.nonfinite = _both(partial.nonfinite, bad)
             waiting = sum(one.unsynced for one in self._open.values())
-        if waiting >= UNSYNCED_BYTES_MAX:
-            self.commit()
+            before = self._commit
+            if before is None or before.done():
+                self._commit = self._beside.submit(self.commit) if waiting >= UNSYNCED_BYTES_MAX // 2 else None
+        if before is not None and (before.done() or waiting >= UNSYNCED_BYTES_MAX):
+            before.result()
 
     def commit(self) -> None:
         """Make what was written durable and remember it. Raises StorageError."""
@@ -170,8 +180,8 @@ class Partials:
                 ]
             rows = []
             for one, have, nonfinite, _ in dirty:
-                self._sync(one)
-                rows.append((have, _packed(nonfinite), time.time(), one.tree.digest))
+                if self._synced(one):
+                    rows.append((have, _packed(nonfinite), time.time(), one.tree.digest))
             if rows:
                 with self._blobs.database.transaction():
                     update = "UPDATE partials SET have = ?, nonfinite = ?, touched = ? WHERE digest = ?"
@@ -184,7 +194,8 @@ class Partials:
         """Turn a complete one into a blob, within a transaction. Raises StorageError."""
         tree, blobs = partial.tree, self._blobs
         assert partial.complete, "a blob is named when it is whole"
-        self._sync(partial)
+        if not self._synced(partial):
+            raise _given_up(tree)
         with failing(blobs.folder):
             blob = Blob(tree.digest, tree.nbytes, tree.pieces, tree.dtype, tree.shape, partial.nonfinite, None)
             blobs.take(blob, blobs.partial / tree.digest.hex())
@@ -200,28 +211,33 @@ class Partials:
                 _release(partial)
 
     @contextmanager
-    def _held(self, partial: Partial) -> Iterator[None]:
-        """Its file stays open meanwhile, whoever lets go of it. Raises StorageError where that was done already."""
+    def _held(self, partial: Partial) -> Iterator[bool]:
+        """Its file stays open meanwhile, whoever lets go of it; False where that was done already."""
         with self._lock:
-            if partial.closed:
-                raise StorageError(f"{partial.tree.digest.hex()} was given up while it was written; fetch it again.")
-            partial.users += 1
+            held = not partial.closed
+            partial.users += held
         try:
-            yield
+            yield held
         finally:
             with self._lock:
-                partial.users -= 1
-                _release(partial)
+                partial.users -= held
+                if held:
+                    _release(partial)
 
-    def _sync(self, partial: Partial) -> None:
-        """Make what was written durable; one that cannot be is given up, for what a sync refused is lost."""
-        with self._held(partial):
+    def _synced(self, partial: Partial) -> bool:
+        """Make what was written durable; whether it was not let go of before.
+
+        One that cannot be made durable is given up, for what a sync refused is lost. Raises StorageError.
+        """
+        with self._held(partial) as held:
             try:
-                with failing(self._blobs.partial):
-                    self._blobs.disk.sync(partial.descriptor)
+                if held:
+                    with failing(self._blobs.partial):
+                        self._blobs.disk.sync(partial.descriptor)
             except StorageError:
                 self.close(partial)
                 raise
+            return held
 
     def _locked(self, digest: bytes) -> int | None:
         """A descriptor of the file of a partial blob, and its lock; None while another process has that."""
@@ -272,6 +288,10 @@ class Partials:
         with database.transaction():
             database.run("INSERT OR REPLACE INTO partials VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
             self._blobs.check_quota(tree.nbytes, self._quota)
+
+
+def _given_up(tree: Tree) -> StorageError:
+    return StorageError(f"{tree.digest.hex()} was given up while it was written; fetch it again.")
 
 
 def _tree(digest: bytes, dtype: str, shape: bytes, pieces: bytes) -> Tree | None:
