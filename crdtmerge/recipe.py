@@ -29,6 +29,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "exclude": (list,),
     "allow_nonfinite": (bool,),
 }
+_INPUTS = "inputs"
 
 
 class Recipe:
@@ -36,7 +37,8 @@ class Recipe:
 
     ``seed`` is ``"root"`` (drawn from the Merkle root of the contributions) or an integer in [0, 2^64). ``dtype`` is
     the output's (a safetensors name) or None for the inputs' own. ``missing`` says what to do with tensors that some
-    inputs lack, ``exclude`` holds globs of tensors that are copied instead of merged.
+    inputs lack, ``exclude`` holds globs of tensors that are copied instead of merged. ``inputs`` names what else is
+    read, by digest: further models, programs, batches, a plan.
 
     >>> Recipe("ties", density=0.2).params
     {'density': 0.2}
@@ -53,8 +55,10 @@ class Recipe:
         missing: Missing | None = None,
         exclude: Sequence[str] = (),
         allow_nonfinite: bool = False,
+        inputs: Mapping[str, bytes] | None = None,
         **params: Any,
     ) -> None:
+        self.inputs: dict[str, bytes] = dict(sorted((inputs or {}).items()))
         self.strategy, self.version, self.base, self.dtype = strategy, version, base, dtype
         self.seed = _seed(seed)
         self.missing, self.exclude, self.allow_nonfinite = missing, tuple(sorted(set(exclude))), allow_nonfinite
@@ -69,8 +73,14 @@ class Recipe:
         recipe.params = dict(params)
         return recipe
 
-    def completed(self, version: int, params: Mapping[str, Any], base: bytes | None) -> Recipe:
-        """The same recipe with the strategy's version, canonical parameters and the base's content id."""
+    def completed(
+        self,
+        version: int,
+        params: Mapping[str, Any],
+        base: bytes | None,
+        inputs: Mapping[str, bytes] | None = None,
+    ) -> Recipe:
+        """The same recipe with the strategy's version, canonical parameters, the base's content id, inputs' digests."""
         return Recipe.of(
             self.strategy,
             params,
@@ -81,6 +91,7 @@ class Recipe:
             missing=self.missing,
             exclude=self.exclude,
             allow_nonfinite=self.allow_nonfinite,
+            inputs=self.inputs | dict(inputs or {}),
         )
 
     def with_dtype(self, dtype: str) -> Recipe:
@@ -90,9 +101,10 @@ class Recipe:
         return other
 
     def canonical(self) -> dict[str, Any]:
-        """The recipe as a value of strings, integers, lists and maps, ids in hexadecimal."""
+        """The recipe as a value of strings, integers, lists and maps, ids in hexadecimal; inputs where it has any."""
         assert self.version is not None, "only a complete recipe has a canonical form"
-        return {
+        inputs = {name: found.hex() for name, found in self.inputs.items()}
+        return ({_INPUTS: inputs} if inputs else {}) | {
             "strategy": self.strategy,
             "version": self.version,
             "params": self.params,
@@ -111,13 +123,16 @@ class Recipe:
         for field, kinds in _KINDS.items():
             if type(value[field]) not in kinds:
                 raise ValueError(f"recipe.{field} is {value[field]!r}")
-        if set(value) != {"strategy", *_KINDS} or not isinstance(strategy, str):
+        if set(value) - {_INPUTS} != {"strategy", *_KINDS} or not isinstance(strategy, str):
             raise ValueError("not the fields of a recipe")
         if not all(isinstance(glob, str) for glob in exclude):
             raise ValueError(f"recipe.exclude is {exclude!r}")
+        inputs = {name: bytes.fromhex(found) for name, found in value.get(_INPUTS, {}).items()}
+        if (_INPUTS in value and not inputs) or any(len(found) != 32 for found in inputs.values()):
+            raise ValueError(f"recipe.inputs is {value[_INPUTS]!r}")
         base = bytes.fromhex(value["base"]) if value["base"] else None
         options = {field: value[field] for field in ("version", "dtype", "seed", "missing", "allow_nonfinite")}
-        return cls.of(strategy, params, base=base, exclude=exclude, **options)
+        return cls.of(strategy, params, base=base, exclude=exclude, inputs=inputs, **options)
 
     def excludes(self, name: str) -> bool:
         """Whether a tensor is left out of the merge."""

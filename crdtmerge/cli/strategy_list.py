@@ -62,7 +62,7 @@ def describe(strategy: Strategy[Any]) -> dict[str, Any]:
         "needs": {
             "base": needs.base,
             "stats": list(needs.stats),
-            "inputs": list(needs.inputs),
+            "inputs": [*needs.models, *needs.inputs],
             "roles": list(needs.roles),
             "models": [needs.min_k, needs.max_k],
             "plan": needs.plan,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.reduction import BLOCK
 from crdtmerge.numerics.rounding import canonical_nan, torch_dtype
 from crdtmerge.resolve.fit import Merging
+from crdtmerge.resolve.sources import Source
 from crdtmerge.strategies.protocol import Unit
 
 if TYPE_CHECKING:
@@ -63,6 +64,13 @@ def within(span: Span, length: int) -> Iterator[Span]:
         yield Span(span.tensor, start, min(start + length, span.stop))
 
 
+class Stored(NamedTuple):
+    """Raw values and their dtype."""
+
+    raw: Raw
+    dtype: DType
+
+
 @dataclass(frozen=True)
 class Rows:
     """The raw values of a span: an array [n] for each source, and the base's; ``stack`` is the sources as [k, n].
@@ -74,6 +82,8 @@ class Rows:
     xs: tuple[Raw, ...]
     base: Raw | None
     stack: Raw | None
+    stats: Mapping[str, tuple[Stored, ...]] = field(default_factory=dict)
+    models: Mapping[str, Stored] = field(default_factory=dict)
 
 
 class Reader:
@@ -97,13 +107,24 @@ class Reader:
         stack = None
         if tensor.dtype:
             stack = buffer[: k * pitch].view(UNSIGNED[tensor.dtype.itemsize]).reshape(k, count)
-        return Rows(span, tuple(rows[:k]), rows[k] if tensor.base else None, stack)
+        stats = {name: tuple(_beside(one, span) for one in having) for name, having in tensor.stats.items()}
+        models = {name: _beside(one, span) for name, one in tensor.models.items()}
+        return Rows(span, tuple(rows[:k]), rows[k] if tensor.base else None, stack, stats, models)
 
     def _buffer(self, size: int) -> NDArray[np.uint8]:
         buffer: NDArray[np.uint8] | None = getattr(self._local, "buffer", None)
         if buffer is None or buffer.size < size:
             buffer = self._local.buffer = np.empty(size, np.uint8)
         return buffer
+
+
+def _beside(source: Source, span: Span) -> Stored:
+    """The same elements of what is read beside the models; all of a tensor that has another shape."""
+    entry = source.entries[span.tensor.name]
+    start, stop = (span.start, span.stop) if entry.shape == span.tensor.shape else (0, entry.elements)
+    read = np.empty((stop - start) * entry.dtype.itemsize, np.uint8)
+    source.read_into(span.tensor.name, start * entry.dtype.itemsize, read)
+    return Stored(read.view(UNSIGNED[entry.dtype.itemsize]), entry.dtype)
 
 
 def widened(raw: Raw, dtype: DType, compute: DType, device: str, canonical: bool) -> Tensor:
@@ -120,7 +141,13 @@ def unit(rows: Rows, compute: DType, device: str = "cpu", canonical: bool = Fals
     span, tensor = rows.span, rows.span.tensor
     xs = tuple(widened(x, dtype, compute, device, canonical) for x, dtype in zip(rows.xs, tensor.dtypes, strict=False))
     base = None if rows.base is None else widened(rows.base, tensor.dtypes[-1], compute, device, canonical)
-    return Unit(tensor.name, span.start, span.stop, tensor.shape, base, xs, tensor.meta)
+
+    def wide(one: Stored) -> Tensor:
+        return widened(one.raw, one.dtype, compute, device, canonical)
+
+    stats = {name: tuple(map(wide, having)) for name, having in rows.stats.items()}
+    models = {name: wide(one) for name, one in rows.models.items()}
+    return Unit(tensor.name, span.start, span.stop, tensor.shape, base, xs, tensor.meta, stats, models)
 
 
 def compute_dtype(tensor: Merging, compute: str) -> DType:

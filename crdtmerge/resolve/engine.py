@@ -32,6 +32,9 @@ from crdtmerge.weights.digests import piece_digests, tensor_digest
 SPAN = limits.PIECE_BYTES
 """Elements of one piece of work: whole pieces of the digest for every dtype."""
 
+WHOLE = 1 << 62
+"""Elements of one piece of work of a strategy that takes whole tensors."""
+
 
 class Sink(Protocol):
     """Where merged bytes go."""
@@ -82,16 +85,19 @@ def run(
 ) -> Digests:
     """Write every tensor into the sink. Raises NonFiniteError, ChangedError and what sources and sink raise."""
     digests = Digests()
-    step = SPAN if rehash else stretch
+    whole = work.needs.unit == "tensor"
+    length = WHOLE if whole else SPAN
+    step = length if rehash or whole else stretch
     engine = _Engine(work, sink, step, rehash)
-    _collect(digests, workers.map(engine.merge, _merge_spans(merging)), {t.name: t for t in merging}, progress)
+    merged = workers.map(engine.merge, _merge_spans(merging, length))
+    _collect(digests, merged, {t.name: t for t in merging}, progress)
     _collect(digests, workers.map(engine.copy, _copy_spans(copying)), {t.name: t for t in copying}, progress)
     return digests
 
 
-def _merge_spans(merging: Sequence[Merging]) -> Iterator[Span]:
+def _merge_spans(merging: Sequence[Merging], length: int) -> Iterator[Span]:
     for tensor in merging:
-        yield from spans(tensor, SPAN)
+        yield from spans(tensor, length)
 
 
 def _copy_spans(copying: Sequence[Copying]) -> Iterator[tuple[Copying, int, int]]:

@@ -6,8 +6,8 @@ are never averaged and must be equal; nothing is skipped in silence.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from crdtmerge.errors import MismatchError, some
 from crdtmerge.numerics.dtypes import DTYPES, DType
@@ -31,6 +31,8 @@ class Merging:
     base: Source | None
     dtypes: tuple[DType, ...]
     out: DType
+    stats: Mapping[str, tuple[Source, ...]] = field(default_factory=dict)
+    models: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def dtype(self) -> DType | None:

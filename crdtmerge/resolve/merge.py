@@ -25,6 +25,7 @@ from crdtmerge.numerics.rounding import torch_dtype
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import Claim
 from crdtmerge.resolve.asking import claims, recipe_of
+from crdtmerge.resolve.beside import NOTHING, Beside
 from crdtmerge.resolve.merging import Merge, Model, Options
 from crdtmerge.resolve.receipt import Receipt
 from crdtmerge.strategies.protocol import Plan
@@ -123,6 +124,8 @@ def merge(
     weights: Sequence[object] | None = None,
     roles: Sequence[str] | None = None,
     tasks: Sequence[str | None] | None = None,
+    stats: Sequence[Mapping[str, Any]] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     missing: Any = None,
     exclude: Sequence[str] = (),
@@ -140,6 +143,8 @@ def merge(
         base: the model from which they were fine-tuned, for strategies that need it.
         weights: one number for each model, exact decimals; 1 by default.
         roles, tasks: what each model is for; see ``crdtmerge.replica.contribution``.
+        stats: for each model its statistics by name (``fisher``, ``gram``), as a file or a mapping of names to arrays.
+        inputs: what else the strategy reads, by name: further models, programs, batches.
         dtype: of the result; by default that of the inputs.
         missing: ``"base"`` or ``"skip"`` for tensors that some models lack; by default they are refused.
         exclude: globs of tensors that are copied (from the base, else the first in canonical order) instead of merged.
@@ -163,12 +168,19 @@ def merge(
         recipe, t = recipe_of(strategy, params, **asked)
     said = claims(len(models), weights=weights, t=t, roles=roles, tasks=tasks)
     options = Options(threads=threads, device=device, rehash=rehash, cache=DigestCache())
-    return into_memory(list(zip(models, said, strict=True)), recipe, base, options)
+    beside = Beside(stats or (), inputs or {})
+    return into_memory(list(zip(models, said, strict=True)), recipe, base, options, beside)
 
 
-def into_memory(models: Sequence[tuple[Model, Claim]], recipe: Recipe, base: Model | None, options: Options) -> Merged:
+def into_memory(
+    models: Sequence[tuple[Model, Claim]],
+    recipe: Recipe,
+    base: Model | None,
+    options: Options,
+    beside: Beside = NOTHING,
+) -> Merged:
     """Merge models with their claims into memory."""
-    with Merge(models, recipe, base, options) as one:
+    with Merge(models, recipe, base, options, beside) as one:
         memory = Memory(one.tensors())
         receipt = one.run(memory, folder=True)
         return Merged(receipt, memory, one.files(), one.inputs(), one.notes)

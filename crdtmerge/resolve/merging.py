@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,16 +22,17 @@ from crdtmerge.numerics.workers import Workers
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import ROLES, Claim
 from crdtmerge.resolve.asking import with_dtype_named
+from crdtmerge.resolve.beside import NOTHING, Beside, claimed, opened_inputs, refuse_others
 from crdtmerge.resolve.blocks import stretch_elements
 from crdtmerge.resolve.engine import Digests, Sink, Work, check_inputs, run
-from crdtmerge.resolve.fit import fit
+from crdtmerge.resolve.fit import Copying, fit
 from crdtmerge.resolve.gather import Gathered, Known, gather, known
 from crdtmerge.resolve.receipt import Receipt, TensorRow, inputs_bytes
-from crdtmerge.resolve.sources import Source, open_source
+from crdtmerge.resolve.sources import MemorySource, Source, open_source
 from crdtmerge.resolve.view import TensorView
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
-from crdtmerge.strategies.protocol import Needs, Plan, Rng
+from crdtmerge.strategies.protocol import Needs, Plan, Rng, Strategy
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.carried import with_dtype
 from crdtmerge.weights.facts import MERGE_ANYWAY, refuse_nonfinite
@@ -58,7 +60,12 @@ class Merge:
     """A merge that is ready to run: inputs read once, ordered, found to fit. Holds files and threads until closed."""
 
     def __init__(
-        self, models: Sequence[tuple[Model, Claim]], recipe: Recipe, base: Model | None, options: Options
+        self,
+        models: Sequence[tuple[Model, Claim]],
+        recipe: Recipe,
+        base: Model | None,
+        options: Options,
+        beside: Beside = NOTHING,
     ) -> None:
         """Raises UsageError, NeedsError, InputError and MismatchError, each before anything is written."""
         require_ieee()
@@ -70,17 +77,27 @@ class Merge:
         self.needs = combined([self.strategy.needs(p) for p in self.params.variants()])
         self.options = options
         _check(recipe, models, base, self.needs)
+        self._made: Plan | None = None
+        self._extra: list[Copying] | None = None
         self._open = ExitStack()
         try:
-            self._prepare(models, recipe, base)
+            self._prepare(models, recipe, base, beside)
         except BaseException:
             self._open.close()
             raise
 
-    def _prepare(self, models: Sequence[tuple[Model, Claim]], recipe: Recipe, base: Model | None) -> None:
+    def _prepare(
+        self, models: Sequence[tuple[Model, Claim]], recipe: Recipe, base: Model | None, beside: Beside
+    ) -> None:
         self.workers = self._open.enter_context(Workers(self.options.threads))
         self.sources = [self._opened(model, f"model {i + 1}") for i, (model, _) in enumerate(models)]
         self.base_source = self._opened(base, "the base") if base is not None else None
+        given = beside.stats or [{}] * len(models)
+        claims = [
+            claimed(claim, stats, source.label, self.needs, recipe.strategy)
+            for (_, claim), stats, source in zip(models, given, self.sources, strict=True)
+        ]
+        self._beside = opened_inputs(self.needs, beside.inputs, recipe.inputs, recipe.strategy, self._open)
         inputs = self._inputs
         self._total = sum(entry.nbytes for source in inputs for entry in source.entries.values())
         read = self._progress("reading", self._total)
@@ -89,13 +106,21 @@ class Merge:
             for one in found:
                 refuse_nonfinite(one.facts, recipe.excludes, one.source.where, MERGE_ANYWAY)
         base_known = found[-1] if self.base_source else None
-        claims = [claim for _, claim in models]
         self.gathered: Gathered = gather(list(zip(found, claims, strict=False)), base_known)
+        for name, source in self._beside.models.items():
+            self._beside.digests[name] = known(source, self.workers, self.options.cache, lambda step: None).id
+        refuse_others(recipe.inputs, self._beside.digests)
         self.recipe = recipe.completed(
-            self.strategy.version, self.params.canonical, base_known.id if base_known else None
+            self.strategy.version, self.params.canonical, base_known.id if base_known else None, self._beside.digests
         )
+        for one, stats in zip(found, given, strict=False):
+            self._beside.stats[one.id] = {
+                name: self._opened(value, f"the {name} of {one.source.label}") for name, value in stats.items()
+            }
         uses_base = self.needs.base == "required" or (self.needs.base == "optional" and base_known is not None)
-        self.merging, self.copying = fit(self.gathered, self.recipe, uses_base)
+        merging, self.copying = fit(self.gathered, self.recipe, uses_base)
+        ids = [one.id for one in self.gathered.contributions]
+        self.merging = [self._beside.of(tensor, ids) for tensor in merging]
         self._known: list[Known] = found
         self.notes = list(self.gathered.notes)
         left_out = set().union(*(source.entries for source in inputs)) - {name for name, _, _ in self.tensors()}
@@ -132,7 +157,21 @@ class Merge:
     def tensors(self) -> list[tuple[str, DType, tuple[int, ...]]]:
         """The output's tensors in the order of their names."""
         merged = [(t.name, t.out, t.shape) for t in self.merging]
-        return sorted([*merged, *((t.name, t.out, t.shape) for t in self.copying)], key=lambda tensor: tensor[0])
+        beside = [(t.name, t.out, t.shape) for t in [*self.copying, *self._extras()]]
+        return sorted([*merged, *beside], key=lambda tensor: tensor[0])
+
+    def _extras(self) -> list[Copying]:
+        """The plan's own tensors."""
+        if type(self.strategy).extras is Strategy.extras:
+            return []
+        if self._extra is None:
+            found = {name: x.contiguous() for name, x in self.strategy.extras(self.plan).items()}
+            source = MemorySource(found, f"the plan of {self.recipe.strategy}")
+            self._extra = [
+                Copying(entry.name, entry.shape, entry.elements, source, entry.dtype, entry.dtype)
+                for entry in source.entries.values()
+            ]
+        return self._extra
 
     def layout(self, single_file: str | None) -> Layout:
         """The output's files."""
@@ -149,42 +188,55 @@ class Merge:
             self.notes += notes
         return self._files
 
+    @property
+    def plan(self) -> Plan:
+        """What the strategy must know of the whole input: made at the first use. Raises what the strategy raises."""
+        if self._made is None:
+            with _one_thread_of_torch():
+                self._made = self.strategy.plan(self._view(), self.params.at, self._rng)
+        return self._made
+
+    @cached_property
+    def _kernels(self) -> fused.Kernels | None:
+        definition_only = self.options.device != "cpu" or self.recipe.allow_nonfinite
+        return None if definition_only else fused.choose(self._total)
+
+    @property
+    def _rng(self) -> Rng:
+        return Rng(self.recipe.seed_for(self.gathered.root))
+
+    def _view(self) -> TensorView:
+        return TensorView(
+            self.merging,
+            self.workers,
+            stretch=self._stretch(),
+            kernels=self._kernels,
+            compute=self.needs.compute,
+            device=self.options.device,
+            canonical_nan=self.recipe.allow_nonfinite,
+            files=self._beside.files,
+        )
+
     def run(self, sink: Sink, *, folder: bool, plan: Plan | None = None) -> Receipt:
         """Plan, unless a plan made for this very merge is given, then write every merged tensor into the sink.
 
         Raises what the strategy, the sources and the sink raise.
         """
-        stretch = self._stretch()
-        definition_only = self.options.device != "cpu" or self.recipe.allow_nonfinite
-        kernels = None if definition_only else fused.choose(self._total)
-        threads = _torch_threads()
-        try:
-            digests = self._run(sink, stretch, kernels, plan)
-        finally:
-            _restore(threads)
+        self._made = plan or self._made
+        with _one_thread_of_torch():
+            digests = self._run(sink)
         for source in self._inputs:
             source.check_unchanged()
         return self._receipt(digests, folder)
 
-    def _run(self, sink: Sink, stretch: int, kernels: fused.Kernels | None, plan: Plan | None) -> Digests:
-        rng = Rng(self.recipe.seed_for(self.gathered.root))
-        view = TensorView(
-            self.merging,
-            self.workers,
-            stretch=stretch,
-            kernels=kernels,
-            compute=self.needs.compute,
-            device=self.options.device,
-            canonical_nan=self.recipe.allow_nonfinite,
-        )
-        self.plan = plan or self.strategy.plan(view, self.params.at, rng)
+    def _run(self, sink: Sink) -> Digests:
         work = Work(
             self.strategy,
             self.needs,
             self.params,
             self.plan,
-            rng,
-            kernels,
+            self._rng,
+            self._kernels,
             self.options.device,
             self.recipe.allow_nonfinite,
         )
@@ -193,10 +245,10 @@ class Merge:
         digests = run(
             work,
             self.merging,
-            self.copying,
+            [*self.copying, *self._extras()],
             sink,
             self.workers,
-            stretch=stretch,
+            stretch=self._stretch(),
             rehash=self.options.rehash,
             progress=written,
         )
@@ -215,7 +267,7 @@ class Merge:
             tuple((one.id, one.claim) for one in self.gathered.contributions),
             tuple(TensorRow(name, dtype.name, shape, digests.outputs[name]) for name, dtype, shape in self.tensors()),
             {name: hashlib.sha256(data).hexdigest() for name, data in self.files().items()} if folder else {},
-            exact=self.needs.exact,
+            exact=self.needs.exact and (self.needs.plan != "model" or "plan" in self.recipe.inputs),
         )
 
     def inputs(self) -> bytes:
@@ -240,14 +292,15 @@ def _path(source: Source) -> str | None:
     return str(source.path.resolve()) if source.path else None
 
 
-def _torch_threads() -> int | None:
-    """torch's intra-op threads, if torch is loaded: a merge sets them to one in its own threads."""
-    return torch.get_num_threads() if "torch" in sys.modules else None
-
-
-def _restore(threads: int | None) -> None:
-    if threads is not None:
-        torch.set_num_threads(threads)
+@contextmanager
+def _one_thread_of_torch() -> Iterator[None]:
+    """Afterwards torch has the intra-op threads that it had, if it was loaded: a merge sets them to one."""
+    threads = torch.get_num_threads() if "torch" in sys.modules else None
+    try:
+        yield
+    finally:
+        if threads is not None:
+            torch.set_num_threads(threads)
 
 
 def combined(needs: Sequence[Needs]) -> Needs:
@@ -257,6 +310,10 @@ def combined(needs: Sequence[Needs]) -> Needs:
     return first._replace(
         base=max((one.base for one in needs), key=order.index),
         exact=all(one.exact for one in needs),
+        unit="tensor" if any(one.unit == "tensor" for one in needs) else "element",
+        stats=tuple(sorted(set().union(*(one.stats for one in needs)))),
+        models=tuple(sorted(set().union(*(one.models for one in needs)))),
+        inputs=tuple(sorted(set().union(*(one.inputs for one in needs)))),
         weights="nonnegative" if any(one.weights == "nonnegative" for one in needs) else "any",
     )
 

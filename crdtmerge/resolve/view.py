@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -35,12 +36,13 @@ class TensorView:
         compute: str,
         device: str = "cpu",
         canonical_nan: bool = False,
+        files: Mapping[str, Path] | None = None,
     ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.names = sorted(self._tensors)
         self._workers, self._stretch, self._kernels = workers, stretch, kernels
         self._compute, self._device, self._canonical_nan = compute, device, canonical_nan
-        self._reader = Reader()
+        self._reader, self._files = Reader(), files or {}
 
     def meta(self, name: str) -> tuple[Meta, ...]:
         """The contributions that have a tensor, in canonical order."""
@@ -60,6 +62,16 @@ class TensorView:
             )
 
         return self._workers.map(one, self._spans(self.names))
+
+    def whole(self, name: str) -> Unit:
+        """A tensor as one unit."""
+        quiet_torch()
+        tensor = self._tensors[name]
+        return self._unit(self._reader.read(Span(tensor, 0, tensor.elements)), compute_dtype(tensor, self._compute))
+
+    def input(self, name: str) -> Path:
+        """Where a file lies that the recipe names."""
+        return self._files[name]
 
     def _unit(self, rows: Rows, dtype: DType) -> Unit:
         return unit(rows, dtype, self._device, self._canonical_nan)

@@ -225,3 +225,6 @@ def dropping(
 def streams(tensor: str, meta: Sequence[Meta], rng: Rng) -> tuple[philox.Stream, ...]:
     """The random stream of each contribution for dropping elements of one tensor."""
     return tuple(rng.stream("drop", m.id, tensor) for m in meta)
+
+
+STRATEGIES = (Ties, Dare, DareTies, MagMax)

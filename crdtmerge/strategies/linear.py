@@ -132,3 +132,6 @@ class TaskArithmetic(Strategy[WithLambda]):
 
     def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: WithLambda, rng: Rng) -> Program:
         return Affine(tuple(nearest(m.weight) for m in meta), on_base=True, scale=nearest(p.lambda_))
+
+
+STRATEGIES = (WeightAverage, Linear, TaskArithmetic)

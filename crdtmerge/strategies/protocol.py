@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -37,13 +38,18 @@ P = TypeVar("P", bound=Parameters)
 class Needs(NamedTuple):
     """What a strategy requires, for given parameters.
 
-    ``compute`` is the arithmetic's type: ``double`` is float64 for every storage type; ``storage`` is float32 for
-    bfloat16 and float16, float64 for float32 and float64. ``weights`` says which claimed weights make sense.
-    ``exact`` is class E (the same bytes on every machine); otherwise class P.
+    ``stats`` are statistics that each contribution brings (files of tensors with the model's names), ``models`` further
+    models and ``inputs`` further files that the recipe names (programs, batches). ``unit`` is the smallest piece that
+    ``apply`` takes: any stretch of elements, or a whole tensor. With ``plan="model"`` a model is run: what comes out
+    depends on the build, unless the recipe names the plan. ``compute`` is the arithmetic's type: ``double`` is float64
+    for every storage type; ``storage`` is float32 for bfloat16 and float16, float64 for float32 and float64.
+    ``weights`` says which claimed weights make sense. ``exact`` is class E (the same bytes on every machine);
+    otherwise class P.
     """
 
     base: Literal["required", "optional", "unused"] = "unused"
     stats: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     roles: tuple[str, ...] = ("task",)
     unit: Literal["element", "tensor"] = "element"
@@ -66,7 +72,12 @@ class Meta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """One stretch of one tensor: what ``apply`` sees. All tensors are 1-D, of one length and of the compute dtype."""
+    """One stretch of one tensor: what ``apply`` sees. All tensors are 1-D, of one length and of the compute dtype.
+
+    ``stats`` holds, for each statistic that has this tensor, one tensor a contribution; one of another shape than the
+    model's own (a Gram matrix) is there as a whole, and only where ``apply`` takes whole tensors. ``models`` holds
+    this stretch of further models.
+    """
 
     name: str
     start: int
@@ -75,6 +86,8 @@ class Unit:
     base: Tensor | None
     xs: tuple[Tensor, ...]
     meta: tuple[Meta, ...]
+    stats: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    models: Mapping[str, Tensor] = field(default_factory=dict)
 
     def weights(self) -> tuple[float, ...]:
         """The claimed weights, rounded to the compute dtype, in the order of ``xs``."""
@@ -163,6 +176,14 @@ class View(Protocol):
         """``work`` of every unit, in canonical order, with its tensor's name. Units start at multiples of 65,536."""
         ...
 
+    def whole(self, name: str) -> Unit:
+        """A tensor as one unit."""
+        ...
+
+    def input(self, name: str) -> Path:
+        """Where a file lies that the recipe names; its digest was checked."""
+        ...
+
 
 class Strategy(ABC, Generic[P]):
     """A merge strategy. Subclasses set the class variables and define ``apply``."""
@@ -184,6 +205,10 @@ class Strategy(ABC, Generic[P]):
     @abstractmethod
     def apply(self, u: Unit, plan: Plan, p: P, rng: Rng) -> Tensor:
         """The merged values of a unit, in its compute dtype."""
+
+    def extras(self, plan: Plan) -> Mapping[str, Tensor]:
+        """Tensors of the plan that are written beside the merged ones, by name."""
+        return {}
 
     def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: P, rng: Rng) -> Program | None:
         """The same arithmetic as ``apply`` for one tensor as a program for a fused kernel, or None if it is none."""

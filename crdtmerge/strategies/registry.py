@@ -7,25 +7,36 @@ from __future__ import annotations
 
 import difflib
 from functools import cache
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from crdtmerge.errors import UnknownStrategyError
-from crdtmerge.strategies.consensus import Dare, DareTies, MagMax, Ties
-from crdtmerge.strategies.linear import Linear, TaskArithmetic, WeightAverage
 from crdtmerge.strategies.protocol import Strategy
-from crdtmerge.strategies.spherical import Slerp
 
 GROUP = "crdtmerge.strategies"
 
-BUILT_IN: dict[str, type[Strategy[Any]]] = {
-    strategy.name: strategy for strategy in (WeightAverage, Linear, Slerp, TaskArithmetic, Ties, Dare, DareTies, MagMax)
+FAMILIES = {
+    "linear": ("weight_average", "linear", "task_arithmetic"),
+    "consensus": ("ties", "dare", "dare_ties", "magmax"),
+    "spherical": ("slerp",),
 }
+"""The module of each family, and the strategies in its ``STRATEGIES``."""
+
+BUILT_IN = {name: family for family, members in FAMILIES.items() for name in members}
 
 
 @cache
 def _installed() -> dict[str, EntryPoint]:
     return {point.name: point for point in entry_points(group=GROUP) if point.name not in BUILT_IN}
+
+
+@cache
+def _built_in(name: str) -> type[Strategy[Any]]:
+    """A strategy of ours; only its family's module is imported."""
+    module = import_module(f"crdtmerge.strategies.{BUILT_IN[name]}")
+    found: type[Strategy[Any]] = next(strategy for strategy in module.STRATEGIES if strategy.name == name)
+    return found
 
 
 @cache
@@ -58,7 +69,7 @@ def get(name: str) -> Strategy[Any]:
     'Yadav et al., NeurIPS 2023, arXiv:2306.01708'
     """
     if name in BUILT_IN:
-        return BUILT_IN[name]()
+        return _built_in(name)()
     if name not in _installed():
         near = difflib.get_close_matches(name, names(), 1)
         hint = f" Did you mean {near[0]}?" if near else ""

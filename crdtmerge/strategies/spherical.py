@@ -189,3 +189,6 @@ def folded(gram: Gram, weights: list[float], epsilon: float, near: float) -> lis
         s0, s1 = slerp(cosine, 1.0 - t, t, near)
         c = [s0 * v for v in c[:i]] + [s1] + [0.0] * (k - i - 1)
     return c
+
+
+STRATEGIES = (Slerp,)

@@ -82,6 +82,7 @@ def test_who_comes_late_and_is_killed_fetches_little_again(tmp_path: Path, seed:
             )
             assert node.stop() == 0, node.log
         fetched = sum(proxy.received for proxy, _ in peers)
+        print(f"{(fetched - total) / limits.MIB:.0f} of {total / limits.MIB:.0f} MiB fetched again in {kills} kills")
         assert fetched - total <= kills * AGAIN_BYTES_MAX, f"seed {seed}: {fetched} bytes for {total}, {kills} kills"
         assert all(proxy.received > total / 20 for proxy, _ in peers), "each peer gave a part"
         with Replica.open(late) as replica:

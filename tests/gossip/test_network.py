@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -112,12 +113,16 @@ class Network:
                 and len({report["merged"]["merge_id"] for report in reports}) == 1
             )
 
+        begin = time.perf_counter()
         try:
             wait_until(settled, "all nodes have one set and have merged it", seconds=300)
         except AssertionError as fault:
             keep = ("root", "visible_count", "ready_count", "merged", "warnings")
             fault.add_note("\n".join(str({name: node.report[name] for name in keep}) for node in self.nodes))
             raise
+        print(
+            f"{self.count} nodes have one set and one digest {time.perf_counter() - begin:.1f} s after the last change"
+        )
         digests = {node.report["merged"]["output_digest"] for node in self.nodes}
         receipts = [json.loads((self.root / f"out{n}" / "receipt.json").read_text()) for n in range(self.count)]
         assert {receipt["output_digest"] for receipt in receipts} == digests

@@ -15,6 +15,7 @@ from crdtmerge.resolve.merge import Merged, merge
 from crdtmerge.strategies import registry
 from tests.resolve import models
 from tests.resolve.running import here
+from tests.strategies.models import DEEP
 
 STATES = {who: models.state(who, far=0.5) for who in ("base", "a", "b", "c")}
 A, B, C, BASE = (STATES[who] for who in ("a", "b", "c", "base"))
@@ -92,7 +93,7 @@ def test_t_on_the_command_line(tmp_path: Path) -> None:
 # Weights
 
 
-@pytest.mark.parametrize("strategy", registry.BUILT_IN)
+@pytest.mark.parametrize("strategy", DEEP)
 def test_weights_belong_to_contents_not_to_positions(strategy: str) -> None:
     weight = {"a": "1", "b": "0.5", "c": "2"}
     found = {
@@ -132,7 +133,7 @@ def test_a_weight_that_is_no_number_a_person_writes_is_refused(weight: object) -
 
 
 def test_the_two_lists_of_strategies_are_all_there_are() -> None:
-    assert sorted(SIGNED + UNSIGNED) == sorted(registry.BUILT_IN)
+    assert sorted(SIGNED + UNSIGNED) == sorted(DEEP)
 
 
 @pytest.mark.parametrize("strategy", SIGNED)
@@ -185,7 +186,7 @@ def test_roles_that_a_strategy_does_not_take_are_refused(role: str) -> None:
 # Twice the same
 
 
-@pytest.mark.parametrize("strategy", registry.BUILT_IN)
+@pytest.mark.parametrize("strategy", DEEP)
 def test_the_same_content_twice_counts_once(strategy: str) -> None:
     copy = {name: tensor.clone() for name, tensor in reversed(A.items())}
     merged = run([A, B, copy], strategy)
@@ -219,7 +220,7 @@ def test_t_over_the_same_content_twice_is_two_claims() -> None:
     assert receipt([A, dict(A)], "slerp", t=0.5) == receipt([A], "slerp", weights=["0.5"])
 
 
-@pytest.mark.parametrize("strategy", registry.BUILT_IN)
+@pytest.mark.parametrize("strategy", DEEP)
 def test_one_model_is_merged_as_any_number_is(strategy: str) -> None:
     merged = run([A], strategy, **({"density": 1} if "density" in registry.get(strategy).Params.model_fields else {}))
     assert all(torch.allclose(merged[name].double(), A[name].double(), atol=1e-6) for name in FILLED)

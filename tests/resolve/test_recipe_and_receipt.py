@@ -33,6 +33,7 @@ from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
 from tests.resolve import models
 from tests.resolve.running import here
+from tests.strategies.models import DEEP
 
 BASE = bytes(range(32))
 
@@ -96,7 +97,7 @@ OTHER_VALUES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", registry.BUILT_IN)
+@pytest.mark.parametrize("name", DEEP)
 def test_every_parameter_enters_the_id(name: str) -> None:
     defaults = complete(name).params
     assert defaults.keys() <= OTHER_VALUES.keys(), "say here how each parameter can be changed"
@@ -109,7 +110,7 @@ def test_every_parameter_enters_the_id(name: str) -> None:
 def test_everything_else_that_is_asked_for_enters_the_id() -> None:
     rules = [{"filter": "a*", "value": 0.5}, {"filter": "*b", "value": 0.6}]
     recipes = [
-        *(complete(name) for name in registry.BUILT_IN),
+        *(complete(name) for name in DEEP),
         *(complete("ties", base=base) for base in (None, bytes(32))),
         *(complete("ties", dtype=dtype) for dtype in ("F32", "BF16")),
         *(complete("ties", seed=seed) for seed in (0, 1, 2**64 - 1)),

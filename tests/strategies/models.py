@@ -24,11 +24,12 @@ from crdtmerge.numerics.fused import Kernels
 from crdtmerge.numerics.reduction import BLOCK
 from crdtmerge.numerics.rounding import round_to
 from crdtmerge.numerics.workers import Workers
+from crdtmerge.resolve.beside import Opened
 from crdtmerge.resolve.blocks import compute_dtype
 from crdtmerge.resolve.engine import Work, run
 from crdtmerge.resolve.fit import Merging
 from crdtmerge.resolve.merge import Memory
-from crdtmerge.resolve.sources import MemorySource
+from crdtmerge.resolve.sources import MemorySource, Source
 from crdtmerge.resolve.view import TensorView
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
@@ -143,6 +144,9 @@ class Prepared:
         stretch: int = BLOCK,
         use_kernels: bool = False,
         threads: int = 1,
+        stats: Sequence[Mapping[str, Model]] = (),
+        beside: Mapping[str, Model] | None = None,
+        roles: Sequence[str] = (),
         **params: Any,
     ) -> None:
         self.strategy = registry.get(strategy) if isinstance(strategy, str) else strategy
@@ -150,7 +154,15 @@ class Prepared:
         self.needs: Needs = self.strategy.needs(self.params.general)
         assert base is not None or self.needs.base != "required", "this strategy needs a base"
         meta = metas(weights or [1] * len(models), ids)
+        if roles:
+            meta = tuple(one._replace(role=role) for one, role in zip(meta, roles, strict=True))
         self.tensors = tensors(models, None if self.needs.base == "unused" else base, meta, out)
+        named: dict[Any, dict[str, Source]] = {
+            i: {name: MemorySource(stat, f"{name} of model {i}") for name, stat in one.items()}
+            for i, one in enumerate(stats)
+        }
+        others: dict[str, Source] = {name: MemorySource(one, name) for name, one in (beside or {}).items()}
+        self.tensors = [Opened(named, others).of(tensor, list(range(len(models)))) for tensor in self.tensors]
         self.rng = Rng(seed)
         self.stretch, self.use_kernels, self.threads = stretch, use_kernels, threads
         self.plan: Plan = EMPTY
@@ -174,11 +186,20 @@ class Prepared:
         compute: DType = compute_dtype(tensor, self.needs.compute)
         read = [_flat(source, tensor)[start:stop].to(STORED[compute.name]) for source in tensor.sources]
         base = _flat(tensor.base, tensor)[start:stop].to(STORED[compute.name]) if tensor.base else None
-        return Unit(tensor.name, start, stop, tensor.shape, base, tuple(read), tensor.meta)
+        compute_as = STORED[compute.name]
+
+        def beside(source: Any) -> torch.Tensor:
+            whole = source.entries[tensor.name].shape != tensor.shape
+            return _flat(source, tensor)[slice(None) if whole else slice(start, stop)].to(compute_as)
+
+        stats = {name: tuple(map(beside, having)) for name, having in tensor.stats.items()}
+        others = {name: beside(source) for name, source in tensor.models.items()}
+        return Unit(tensor.name, start, stop, tensor.shape, base, tuple(read), tensor.meta, stats, others)
 
     def applied(self, ends: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
         """The merged model by ``apply`` on units that end where it is said (each tensor as a whole by default)."""
         found = {}
+        assert not ends or self.needs.unit == "element", "this strategy takes whole tensors"
         for tensor in self.tensors:
             inside = sorted({end for end in ends or () if 0 < end < tensor.elements})
             edges = [0, *inside, tensor.elements]
@@ -227,6 +248,10 @@ class Row:
     params: Mapping[str, Any] = field(default_factory=dict)
     weights: tuple[str, ...] = ("1", "0.1", "2.5", "0.75")
     random: bool = False
+    stats: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
+    roles: tuple[str, ...] = ()
+    k: int = 4
 
     def __str__(self) -> str:
         said = [f"{name}={value}" for name, value in self.params.items()]
@@ -259,6 +284,8 @@ ROWS = [
     Row("magmax"),
     Row("magmax", {"lambda": "0.5"}, SIGNED),
 ]
-"""A new strategy needs a row here: everything in test_block_invariance and the general laws of test_laws reads them."""
+"""What everything in test_block_invariance and the general laws of test_laws is tried with: strategies with kernels."""
+
+DEEP = tuple(dict.fromkeys(row.strategy for row in ROWS))
 
 EACH = pytest.mark.parametrize("row", ROWS, ids=str)

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from crdtmerge.numerics.dtypes import DTYPES
 from crdtmerge.numerics.fused import Kernels
-from crdtmerge.strategies import registry
 from tests.numerics.examples import STORED, examples
-from tests.strategies.models import EACH, ROWS, Model, Prepared, Row, equal, family
+from tests.strategies.models import EACH, Model, Prepared, Row, equal, family
 
 DTYPE = pytest.mark.parametrize("dtype", STORED)
 LARGE = {"a": (150_001,), "b": (300, 7), "empty": (0, 2), "scalar": ()}
@@ -23,10 +22,6 @@ def prepared(row: Row, dtype: str, k: int = 3, **how: Any) -> Prepared:
     shapes = how.pop("shapes", None)
     models, base = family(k, dtype, **({"shapes": shapes} if shapes else {}))
     return Prepared(row.strategy, models, base, weights=row.weights[:k], **how, **row.params)
-
-
-def test_every_strategy_has_a_row() -> None:
-    assert {row.strategy for row in ROWS} == set(registry.BUILT_IN)
 
 
 @EACH

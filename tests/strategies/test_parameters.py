@@ -16,7 +16,7 @@ from crdtmerge.resolve.merge import merge
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
 from tests.numerics.examples import examples
-from tests.strategies.models import copied, equal, family, model
+from tests.strategies.models import DEEP, copied, equal, family, model
 
 MODELS, BASE = family(2, "BF16")
 
@@ -197,7 +197,7 @@ NEGATIVE: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("strategy", registry.BUILT_IN)
+@pytest.mark.parametrize("strategy", DEEP)
 def test_negative_weights_are_for_sums(strategy: str) -> None:
     if strategy in NEGATIVE:
         merge(MODELS, strategy=strategy, base=BASE, weights=["2", "-1"], **NEGATIVE[strategy])
@@ -279,11 +279,11 @@ def test_every_parameter_enters_the_recipe() -> None:
         ("slerp", {"epsilon": "1e-9"}),
     ]
     ids = [recipe_id(strategy, **params) for strategy, params in changed]
-    ids += [recipe_id(strategy) for strategy in registry.BUILT_IN]
+    ids += [recipe_id(strategy) for strategy in DEEP]
     assert len(set(ids)) == len(ids)
 
 
-@pytest.mark.parametrize("strategy", registry.BUILT_IN)
+@pytest.mark.parametrize("strategy", DEEP)
 def test_a_complete_recipe_says_all_parameters_and_survives_its_canonical_form(strategy: str) -> None:
     recipe = merge(MODELS, strategy=strategy, base=BASE).receipt.recipe
     fields = registry.get(strategy).Params.model_fields

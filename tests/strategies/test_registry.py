@@ -70,25 +70,15 @@ def offer(package: Path, *points: str) -> None:
 
 
 def test_the_built_in_strategies_say_what_they_are() -> None:
-    assert sorted(registry.BUILT_IN) == [
-        "dare",
-        "dare_ties",
-        "linear",
-        "magmax",
-        "slerp",
-        "task_arithmetic",
-        "ties",
-        "weight_average",
-    ]
-    for name, strategy in registry.BUILT_IN.items():
+    for name, home in registry.BUILT_IN.items():
         made = registry.get(name)
         assert isinstance(made, Strategy)
-        assert type(made) is strategy
+        assert type(made).__module__ == f"crdtmerge.strategies.{home}"
         assert made.name == name
         assert made.version >= 1
-        assert made.family in ("elementwise", "statistics")
+        assert made.family
         assert made.reference
-        assert strategy.__doc__
+        assert made.__doc__
 
 
 def test_a_strategy_of_others_merges_like_one_of_ours(package: Path) -> None:
