@@ -30,6 +30,8 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "allow_nonfinite": (bool,),
 }
 _INPUTS = "inputs"
+PLAN = "plan"
+"""The name among a recipe's inputs of the plan that it applies."""
 
 
 class Recipe:
@@ -62,6 +64,9 @@ class Recipe:
         self.strategy, self.version, self.base, self.dtype = strategy, version, base, dtype
         self.seed = _seed(seed)
         self.missing, self.exclude, self.allow_nonfinite = missing, tuple(sorted(set(exclude))), allow_nonfinite
+        for name, found in self.inputs.items():
+            if not isinstance(name, str) or not isinstance(found, bytes) or len(found) != 32:
+                raise UsageError(f"inputs: {name!a:.80} is {found!a:.80}; a name with a digest of 32 bytes is needed.")
         if missing not in (None, "base", "skip"):
             raise UsageError(f"missing = {missing!r}: must be base or skip.")
         self.params: dict[str, Any] = params
@@ -100,6 +105,13 @@ class Recipe:
         other.dtype = dtype
         return other
 
+    def planned(self, plan: bytes | None) -> Recipe:
+        """The same recipe, applying the plan with this digest; with None, making its own."""
+        other = copy.copy(self)
+        other.inputs = {name: found for name, found in self.inputs.items() if name != PLAN}
+        other.inputs = dict(sorted((other.inputs | ({PLAN: plan} if plan else {})).items()))
+        return other
+
     def canonical(self) -> dict[str, Any]:
         """The recipe as a value of strings, integers, lists and maps, ids in hexadecimal; inputs where it has any."""
         assert self.version is not None, "only a complete recipe has a canonical form"
@@ -127,9 +139,7 @@ class Recipe:
             raise ValueError("not the fields of a recipe")
         if not all(isinstance(glob, str) for glob in exclude):
             raise ValueError(f"recipe.exclude is {exclude!r}")
-        inputs = {name: bytes.fromhex(found) for name, found in value.get(_INPUTS, {}).items()}
-        if (_INPUTS in value and not inputs) or any(len(found) != 32 for found in inputs.values()):
-            raise ValueError(f"recipe.inputs is {value[_INPUTS]!r}")
+        inputs = _inputs(value[_INPUTS]) if _INPUTS in value else {}
         base = bytes.fromhex(value["base"]) if value["base"] else None
         options = {field: value[field] for field in ("version", "dtype", "seed", "missing", "allow_nonfinite")}
         return cls.of(strategy, params, base=base, exclude=exclude, inputs=inputs, **options)
@@ -156,6 +166,19 @@ class Recipe:
     def __repr__(self) -> str:
         said = ", ".join(f"{name}={value!r}" for name, value in self.params.items())
         return f"Recipe({self.strategy!r}{', ' if said else ''}{said})"
+
+
+def _inputs(value: object) -> dict[str, bytes]:
+    """The inputs of a canonical form, where it has any. Raises ValueError."""
+    said = dict(value) if isinstance(value, Mapping) else {}
+    spelled = all(isinstance(name, str) and _is_digest(found) for name, found in said.items())
+    if not said or not spelled:
+        raise ValueError(f"recipe.inputs is {value!a:.200}")
+    return {name: bytes.fromhex(found) for name, found in said.items()}
+
+
+def _is_digest(value: object) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 def _seed(value: str | int) -> str | int:

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crdtmerge.cli.console import emit, progress, quoted, say, tell
-from crdtmerge.cli.replica_options import HERE, AsJson, ContentId, PoolFolder, Reason, Threads, short, size
+from crdtmerge.cli.replica_options import (
+    HERE,
+    AsJson,
+    ContentId,
+    PoolFolder,
+    Reason,
+    Statistics,
+    Threads,
+    named_paths,
+    short,
+    size,
+)
 
 if TYPE_CHECKING:
     from crdtmerge.pool.replica import Ended
@@ -23,6 +34,7 @@ def add(
     replaces: Annotated[
         list[str] | None, typer.Option(metavar="ID", help="A contribution of yours that this one takes the place of.")
     ] = None,
+    stats: Statistics = None,
     pool: PoolFolder = HERE,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -37,7 +49,15 @@ def add(
     with Replica.open(pool) as replica, progress(quiet=as_json) as show:
         gone = [replica.find_content(prefix) for prefix in replaces or []]
         added = replica.add(
-            model, weight=weight, role=role, task=task, note=note, replaces=gone, threads=threads, progress=show
+            model,
+            weight=weight,
+            role=role,
+            task=task,
+            stats=named_paths("--stats", stats),
+            note=note,
+            replaces=gone,
+            threads=threads,
+            progress=show,
         )
     for line in added.notes:
         say(f"note: {line}")
@@ -63,6 +83,8 @@ def add(
             f"  weight {entry.weight}, role {entry.role}"
             + (f", task {quoted(entry.claim.task)}" if entry.claim.task else "")
         )
+        for name, found in entry.claim.stats.items():
+            tell(f"  {name} {short(found)}")
     tell(f"  {size(added.nbytes)}, {size(added.new_bytes)} of it new here")
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crdtmerge.cli.console import Memory, emit, progress, say, tell
+from crdtmerge.cli.replica_options import Inputs, PlanFile, named_paths
 
 if TYPE_CHECKING:
     from crdtmerge.resolve.merging import Merge
@@ -47,6 +48,12 @@ def merge(
         list[str] | None, typer.Option(metavar="R", help="Once for each model: task, forget, unlearned or safety.")
     ] = None,
     task: Annotated[list[str] | None, typer.Option(metavar="T", help="Once for each model: its task's name.")] = None,
+    stats: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="A statistic of each model, in their order; or MODEL:NAME=FILE."),
+    ] = None,
+    inputs: Inputs = None,
+    plan: PlanFile = None,
     exclude: Annotated[
         list[str] | None, typer.Option(metavar="GLOB", help="Tensors to copy (from the base) and not merge.")
     ] = None,
@@ -68,6 +75,7 @@ def merge(
     their file names or shards, the number of threads or the machine.
     """
     from crdtmerge.resolve.asking import claims, recipe_of
+    from crdtmerge.resolve.beside import Beside
     from crdtmerge.resolve.merging import Merge, Options
     from crdtmerge.weights.cache import DigestCache
 
@@ -82,8 +90,10 @@ def merge(
     )
     said = claims(len(models), weights=weight, t=t, roles=role, tasks=task)
     check_device(device)
+    tables, further = statistics_of(models, stats or []), named_paths("--input", inputs)
     if out is not None:
-        check_output(out, [*models, *([base] if base else [])])
+        files = [*further.values(), *(path for table in tables for path in table.values())]
+        check_output(out, [*models, *files, *(path for path in (base, plan) if path)])
     with ExitStack() as stack:
         show = stack.enter_context(progress(quiet=as_json))
 
@@ -92,7 +102,8 @@ def merge(
             show(stage, done, total)
 
         options = Options(threads, device, rehash, None if rehash else DigestCache(), advance)
-        one = stack.enter_context(Merge(list(zip(models, said, strict=True)), recipe, base, options))
+        beside = Beside(tables, further, plan)
+        one = stack.enter_context(Merge(list(zip(models, said, strict=True)), recipe, base, options, beside))
         receipt, fsync_seconds, written = _write(one, out)
     labels = {c.id: c.source.label for c in one.gathered.contributions}
     if one.gathered.base:
@@ -129,6 +140,45 @@ def parsed(settings: list[str]) -> dict[str, Any]:
     for key, items in rules.items():
         params[key] = items + ([{"value": params[key]}] if key in params else [])
     return params
+
+
+def statistics_of(models: list[Path], said: list[str]) -> list[dict[str, Path]]:
+    """``NAME=FILE`` in the order of the models, or ``MODEL:NAME=FILE``, as a table for each model. Raises UsageError.
+
+    >>> statistics_of([Path("a"), Path("b")], ["fisher=x", "fisher=y"])[1]["fisher"].name
+    'y'
+    >>> statistics_of([Path("a"), Path("b")], ["b:fisher=y", "a:fisher=x"])[1]["fisher"].name
+    'y'
+    """
+    from crdtmerge.errors import UsageError
+
+    tables: list[dict[str, Path]] = [{} for _ in models]
+    in_order: dict[str, list[Path]] = {}
+    for one in said:
+        target, equals, file = one.partition("=")
+        model, colon, name = target.rpartition(":")
+        if not (equals and name and file and bool(model) == bool(colon)):
+            raise UsageError(f"--stats {one}: write it as NAME=FILE, once for each model, or as MODEL:NAME=FILE.")
+        if not colon:
+            in_order.setdefault(name, []).append(Path(file))
+            continue
+        bound = [table for table, path in zip(tables, models, strict=True) if path == Path(model)]
+        if not bound:
+            raise UsageError(f"--stats {one}: {model} is none of the models: {', '.join(map(str, models))}.")
+        if name in bound[0]:
+            raise UsageError(f"--stats {model}:{name} is given twice, as {bound[0][name]} and {file}.")
+        for table in bound:
+            table[name] = Path(file)
+    for name, files in in_order.items():
+        if any(name in table for table in tables):
+            raise UsageError(
+                f"--stats {name} is given in the order of the models and also as MODEL:{name}; choose one."
+            )
+        if len(files) != len(models):
+            raise UsageError(f"--stats {name}: {len(files)} files for {len(models)} models; give one for each model.")
+        for table, path in zip(tables, files, strict=True):
+            table[name] = path
+    return tables
 
 
 def check_device(device: str) -> None:

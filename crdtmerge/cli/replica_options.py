@@ -22,6 +22,17 @@ Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE"
 MergedDtype = Annotated[str | None, typer.Option(metavar="D", help="Of merged models.")]
 Exclude = Annotated[list[str] | None, typer.Option(metavar="GLOB", help="Tensors that are copied and not merged.")]
 Missing = Annotated[str | None, typer.Option(metavar="base|skip", help="For tensors that some models lack.")]
+Statistics = Annotated[
+    list[str] | None,
+    typer.Option("--stats", metavar="NAME=FILE", help="A statistic of the model, such as fisher; kept and passed on."),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option("--input", metavar="NAME=PATH", help="What else the strategy reads: a further model, a file."),
+]
+PlanFile = Annotated[
+    Path | None, typer.Option("--plan", metavar="FILE", help="Apply this plan of `crdtmerge plan`, and make none.")
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plain HTTP beyond this machine.")]
 
 HERE = Path()
@@ -54,6 +65,21 @@ def asked_recipe(
     if t is not None:
         raise UsageError("t weighs two models by position; a pool's contributions have weights of their own.")
     return recipe
+
+
+def named_paths(option: str, said: list[str] | None) -> dict[str, Path]:
+    """``NAME=PATH``, each name once. Raises UsageError."""
+    from crdtmerge.errors import UsageError
+
+    found: dict[str, Path] = {}
+    for one in said or []:
+        name, equals, path = one.partition("=")
+        if not (equals and name and path):
+            raise UsageError(f"{option} {one}: write it as NAME=PATH.")
+        if name in found:
+            raise UsageError(f"{option} {name} is given twice, as {found[name]} and {path}.")
+        found[name] = Path(path)
+    return found
 
 
 def short(identity: bytes) -> str:

@@ -13,12 +13,15 @@ from crdtmerge.cli.replica_options import (
     HERE,
     AsJson,
     Exclude,
+    Inputs,
     MergedDtype,
     Missing,
+    PlanFile,
     PoolFolder,
     Settings,
     Threads,
     asked_recipe,
+    named_paths,
 )
 
 
@@ -26,6 +29,8 @@ def resolve(
     out: Annotated[
         Path, typer.Option("-o", "--out", metavar="OUT", help="A folder, or NAME.safetensors; replaced if it is ours.")
     ],
+    inputs: Inputs = None,
+    plan: PlanFile = None,
     pool: PoolFolder = HERE,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs.")] = "cpu",
     threads: Threads = None,
@@ -35,7 +40,7 @@ def resolve(
 
     Equal sets give equal bytes on every replica. An output that already is the merge of this set is only checked.
     """
-    from crdtmerge.cli.merging import check_device, print_report, report_of
+    from crdtmerge.cli.merging import check_device, check_output, print_report, report_of
     from crdtmerge.pool.replica import Replica
 
     begin, memory = time.perf_counter(), Memory()
@@ -46,7 +51,10 @@ def resolve(
             memory.sample()
             show(stage, done, total)
 
-        resolved = replica.resolve_to(out, threads=threads, device=device, progress=advance)
+        beside = named_paths("--input", inputs)
+        replica.refuse_inside(out)
+        check_output(out, [*beside.values(), *([plan] if plan else [])])
+        resolved = replica.resolve_to(out, inputs=beside, plan=plan, threads=threads, device=device, progress=advance)
     report = report_of(resolved.receipt, out, written=resolved.nbytes, bytes_read=resolved.bytes_read)
     resident, anonymous = memory.finish()
     more: dict[str, Any] = {"merged": resolved.merged, "seconds": round(time.perf_counter() - begin, 6)}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 
@@ -34,7 +35,7 @@ def strategies(
     else:
         for row in listed:
             tell(
-                f"{row['name']:<16} {row['class']}  {row['family']:<11} base {row['needs']['base']:<9} {row['summary']}"
+                f"{row['name']:<22} {row['class']}  {row['family']:<11} base {row['needs']['base']:<9} {row['summary']}"
             )
 
 
@@ -57,7 +58,7 @@ def describe(strategy: Strategy[Any]) -> dict[str, Any]:
         "name": strategy.name,
         "version": strategy.version,
         "family": strategy.family,
-        "class": "E" if needs.exact else "P",
+        "class": "E" if needs.exact and needs.plan != "model" else "P",
         "summary": (inspect.getdoc(type(strategy)) or "").splitlines()[0],
         "needs": {
             "base": needs.base,
@@ -86,15 +87,25 @@ def parameters(strategy: Strategy[Any]) -> dict[str, Any]:
 
 
 def _type(field: FieldInfo) -> str:
-    """``mean | sum`` for a choice, ``boolean``, ``number > 0 <= 1``."""
-    choices = get_args(field.annotation)
-    if choices:
-        return " | ".join(map(str, choices))
-    if field.annotation is bool:
-        return "boolean"
+    """``mean | sum`` for a choice, ``boolean``, ``number > 0 <= 1``, ``text``."""
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     bounds = [(sign, getattr(one, key)) for one in field.metadata for key, sign in signs.items() if hasattr(one, key)]
-    return " ".join(["number", *(f"{sign} {bound}" for sign, bound in bounds)])
+    return " ".join([_kind(field.annotation), *(f"{sign} {bound}" for sign, bound in bounds)])
+
+
+def _kind(annotation: Any) -> str:
+    """What a value may be, without its bounds."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _kind(get_args(annotation)[0])
+    if origin is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    if origin in (Union, UnionType):
+        return " | ".join(dict.fromkeys(map(_kind, get_args(annotation))))
+    if origin is not None or annotation is Any:
+        return "table"
+    names = {bool: "boolean", str: "text", type(None): "none", int: "whole number"}
+    return names.get(annotation, "number")
 
 
 def _print_one(row: dict[str, Any], text: str) -> None:
@@ -102,5 +113,8 @@ def _print_one(row: dict[str, Any], text: str) -> None:
     tell(text)
     tell(f"\nReference: {row['reference']}")
     tell(f"Base: {row['needs']['base']}. Roles: {', '.join(row['needs']['roles'])}.")
+    for what in ("stats", "inputs"):
+        if row["needs"][what]:
+            tell(f"{what.capitalize()}: {', '.join(row['needs'][what])}.")
     for name, parameter in row["parameters"].items():
         tell(f"  {name} = {parameter['default']}  ({parameter['type']})  {parameter['description']}")

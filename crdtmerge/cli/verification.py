@@ -18,7 +18,9 @@ def verify(
     ],
     against: Annotated[
         list[Path] | None,
-        typer.Option(metavar="MODEL", help="Where an input is now, also the base; not as inputs.json has it."),
+        typer.Option(
+            metavar="MODEL", help="Where an input is now, also base, statistic or plan; not as inputs.json has it."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where the arithmetic runs.")] = "cpu",
     threads: Annotated[

@@ -6,6 +6,7 @@ version changes.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +89,18 @@ def sample(dtype: str) -> Sample:
     )
 
 
+EPSILON, ORTHOGONAL, SWEEPS = math.ldexp(1.0, -52), math.ldexp(1.0, -49), 40
+TURNED_BY = 30
+"""The bounds of ``decompositions``, and how many columns of the matrix below decide how its rows are turned."""
+
+
+def dense() -> NDArray[np.float64]:
+    """A matrix [26, 37] of numbers of many sizes, with two equal rows and a column of zeros."""
+    matrix = values(26 * 37).reshape(26, 37)
+    matrix[25], matrix[:, 11] = matrix[3], 0.0
+    return matrix
+
+
 ANSWERS = {
     "affine/F64/F64": "69295742e8c0f3aa",
     "affine/F64/F32": "33a79032b6fb771d",
@@ -129,5 +142,6 @@ ANSWERS = {
     "count/F32/": "3bfe3f312cfd3a00",
     "count/BF16/": "101e1e43f12935c7",
     "count/F16/": "42622b4a5c86610e",
+    "decompositions/F64/": "4ae85e76474a4ccc",
 }
 """Kernel/input/output to the first 16 hexadecimal digits of the SHA-256 of its results on the sample."""

@@ -1,8 +1,8 @@
 """Which kernels this machine has compiled before, so that using them again waits for no compiler.
 
-numba keeps compiled code in ``__pycache__`` beside the package, for one processor and one version of the source. A list
-of the kernels that were compiled and proven lies beside that code, under a name made of the same things, and goes when
-it goes. Where the package's folder cannot be written there is no list, and small merges use torch.
+numba keeps compiled code in ``__pycache__`` beside the package, for one processor and one version of the sources. A
+list of the kernels that were compiled and proven lies beside that code, under a name made of the same things, and goes
+when it goes. Where the package's folder cannot be written there is no list, and small merges use torch.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from crdtmerge import limits
 
 SOURCE = Path(__file__).with_name("kernels.py")
+SOURCES = (SOURCE, SOURCE.with_name("rotations.py"))
 
 
 def known(key: str) -> bool:
@@ -50,9 +51,10 @@ def _path() -> Path:
 
 @cache
 def _fingerprint() -> str:
-    """A name for this source, these versions and this processor."""
-    stat = SOURCE.stat()
-    parts = [str(stat.st_mtime_ns), str(stat.st_size), platform.python_version(), _processor()]
+    """A name for these sources, these versions and this processor."""
+    stats = [source.stat() for source in SOURCES]
+    parts = [str(number) for stat in stats for number in (stat.st_mtime_ns, stat.st_size)]
+    parts += [platform.python_version(), _processor()]
     for package in ("numba", "llvmlite", "numpy"):
         try:
             parts.append(version(package))

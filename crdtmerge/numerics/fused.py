@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from crdtmerge import limits
 from crdtmerge.errors import UsageError
-from crdtmerge.numerics import compiled
+from crdtmerge.numerics import answers, compiled
 from crdtmerge.numerics.answers import ANSWERS, sample
 from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.numerics.programs import Affine, Consensus, Program
@@ -36,17 +36,31 @@ Kernel = Callable[[Raw, Raw | None, Raw, int], None]
 """A program made ready: raw xs [k, n], base [n], out [n] to be filled, and the flat index at which they begin."""
 
 VARIABLE = "CRDTMERGE_KERNELS"
+COMPILED_SIDE = 400
+"""The smaller side of a matrix from which on its decomposition waits for a compiler."""
+
 UNSIGNED: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4"), 8: np.dtype("<u8")}
 
 
 def choose(bytes_in: int) -> Kernels | None:
     """The kernels for a merge of so many input bytes; None for the definition. Raises UsageError for a wrong choice."""
+    return _chosen(bytes_in >= limits.KERNEL_BYTES_MIN)
+
+
+def rotations(side: int) -> Any | None:
+    """The kernels for decompositions of a smaller side; None for the definition. Raises UsageError as ``choose``.
+
+    They are compiled where the definition takes longer than a compiler.
+    """
+    kernels = _chosen(side >= COMPILED_SIDE)
+    return _rotations() if kernels and kernels.decompositions() else None
+
+
+def _chosen(large: bool) -> Kernels | None:
     asked = os.environ.get(VARIABLE, "")
     if asked not in ("", "torch", "numba"):
         raise UsageError(f"{VARIABLE} = {asked!r}: must be torch or numba.")
-    if asked == "torch":
-        return None
-    return Kernels(may_compile=asked == "numba" or bytes_in >= limits.KERNEL_BYTES_MIN)
+    return None if asked == "torch" else Kernels(may_compile=asked == "numba" or large)
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,10 @@ class Kernels:
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]] | None:
         """``selection.collect`` of |x - base|."""
         return _collect(x, base, search, dtype, wide) if self._proven("count", dtype.name, "") else None
+
+    def decompositions(self) -> bool:
+        """Whether the kernels of ``rotations`` may be used."""
+        return self._proven("decompositions", "F64", "")
 
     def _proven(self, kind: str, dtype: str, out: str) -> bool:
         return (self.may_compile or compiled.known(f"{kind}/{dtype}/{out}")) and proven(kind, dtype, out)
@@ -158,6 +176,12 @@ def _collect(
     return found
 
 
+def _rotations() -> Any:
+    from crdtmerge.numerics import rotations as module
+
+    return module
+
+
 def _loaded() -> Any:
     module = _module()
     assert module is not None, "a kernel runs only after it was proven"
@@ -189,9 +213,11 @@ def _proven(kind: str, dtype: str, out: str) -> bool:
 
 def answer(kind: str, dtype: str, out: str) -> str:
     """What a kernel computes from the sample inputs, as 16 hexadecimal digits."""
+    results: list[NDArray[Any]] = []
+    if kind == "decompositions":
+        return _digest(_decompositions())
     tried = sample(dtype)
     xs, base = tried.xs, tried.base
-    results: list[NDArray[Any]] = []
     if kind in ("affine", "consensus"):
         for program in tried.affine if kind == "affine" else tried.consensus:
             y = np.empty(base.shape, UNSIGNED[DTYPES[out].itemsize])
@@ -204,4 +230,16 @@ def answer(kind: str, dtype: str, out: str) -> str:
             counts = np.zeros(search.steps + 1, np.int64)
             _count(xs[0], base, search, DTYPES[dtype], wide, counts)
             results += [counts, *_collect(xs[0], base, search, DTYPES[dtype], wide)]
+    return _digest(results)
+
+
+def _decompositions() -> list[NDArray[Any]]:
+    module, matrix = _rotations(), answers.dense()
+    columns, order = matrix.T.copy(), np.arange(matrix.shape[1])
+    q = module.pivoted_qr(columns, order, answers.EPSILON)
+    by_size, squares = module.orthogonalised(matrix, answers.TURNED_BY, answers.SWEEPS, answers.ORTHOGONAL)
+    return [q.T, columns.T[: len(q)], order, matrix[by_size], squares[by_size]]
+
+
+def _digest(results: list[NDArray[Any]]) -> str:
     return hashlib.sha256(b"".join(result.tobytes() for result in results)).hexdigest()[:16]

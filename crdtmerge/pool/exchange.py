@@ -38,7 +38,7 @@ def export(room: Room, path: Path, since: Sequence[bytes]) -> int:
         held = [one for one in room.opset.held() if one in added and room.is_ready(one)] + base
         attached = room.opset.attached()
     says = [op.payload.says for op in ops if isinstance(op.payload, Add)]
-    names = {digest for one in says for digest in (one.files or {}).values()} & attached
+    names = {digest for one in says for digest in (*(one.files or {}).values(), *one.stats.values())} & attached
     names |= set() if since else set(room.genesis.files.values())
     lost = [one.hex() for one in held if one not in manifests]
     if lost:

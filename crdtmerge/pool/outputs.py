@@ -7,8 +7,9 @@ merge is remembered too, so that an output that was lost is written again withou
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ import msgpack
 
 from crdtmerge.canonical import digest
 from crdtmerge.errors import ChangedError, ReceiptError, ReplicaError, UsageError
-from crdtmerge.pool.room import Progress, Room
+from crdtmerge.pool.room import Room
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import Claim
 from crdtmerge.resolve.asking import refuse_version
+from crdtmerge.resolve.beside import Beside
 from crdtmerge.resolve.merge import Merged, into_files, into_memory, is_folder
 from crdtmerge.resolve.merging import Merge, Options
 from crdtmerge.resolve.receipt import Receipt, merge_id
@@ -44,36 +46,44 @@ class Resolved(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What is merged; ``identity`` names it with the files that are carried along, which a merge id leaves out."""
+    """What is merged, and the files that are carried along with each content."""
 
     models: list[tuple[Any, Claim]]
     recipe: Recipe
     base: BlobSource | None
-    identity: bytes
+    beside: Beside
+    files: list[Any]
+
+    def identity(self, one: Merge) -> bytes:
+        """Names a merge with the files that are carried along and the build, which a merge id leaves out."""
+        return digest("cached-merge", [merge_id(one.gathered.root, one.recipe), self.files, one.build])
 
 
-def resolve(room: Room, threads: int | None, device: str, progress: Progress) -> Merged:
+def resolve(room: Room, options: Options, inputs: Mapping[str, Any], plan: Plan | str | Path | None) -> Merged:
     """Merge the visible set into memory."""
     with Lease(room.database) as lease:
-        inputs = _inputs(room, lease)
-        options = Options(threads=threads, device=device, rehash=True, progress=progress)
+        said = _inputs(room, lease, inputs, plan)
         with _blaming_the_disk():
-            return into_memory(inputs.models, inputs.recipe, inputs.base, options)
+            return into_memory(said.models, said.recipe, said.base, replace(options, rehash=True), said.beside)
 
 
-def resolve_to(room: Room, out: Path, threads: int | None, device: str, progress: Progress) -> Resolved:
+def resolve_to(
+    room: Room, out: Path, options: Options, inputs: Mapping[str, Any], plan: Plan | str | Path | None
+) -> Resolved:
     """Bring an output up to date."""
     room.refuse_inside(out)
+    options = replace(options, rehash=True)
     with Lease(room.database) as lease:
-        inputs = _inputs(room, lease)
-        identity = inputs.identity + bytes([is_folder(out)])
-        known = _remembered(room, identity)
-        if known is not None and out.exists() and intact(out, known, threads):
-            return Resolved(known, 0, 0, False, 0.0, ())
-        options = Options(threads=threads, device=device, rehash=True, progress=progress)
-        with _blaming_the_disk(), Merge(inputs.models, inputs.recipe, inputs.base, options) as one:
-            receipt, fsync_seconds, nbytes = into_files(one, out, _remembered_plan(room, inputs.identity))
-            _remember(room, identity, receipt, inputs.identity, one.plan)
+        said = _inputs(room, lease, inputs, plan)
+        with _blaming_the_disk(), Merge(said.models, said.recipe, said.base, options, said.beside) as one:
+            cached = said.identity(one)
+            identity = cached + bytes([is_folder(out)])
+            known = _remembered(room, identity)
+            if known is not None and out.exists() and intact(out, known, options.threads):
+                return Resolved(known, 0, 0, False, 0.0, ())
+            one.recall(_remembered_plan(room, cached))
+            receipt, fsync_seconds, nbytes = into_files(one, out)
+            _remember(room, identity, receipt, cached, one.plan)
             return Resolved(receipt, nbytes, one.bytes_read, True, fsync_seconds, tuple(one.notes))
 
 
@@ -86,7 +96,7 @@ def _blaming_the_disk() -> Iterator[None]:
         raise ReplicaError(f"{fault} Nothing writes to a blob: it is damaged. Run `crdtmerge fsck --mend`.") from None
 
 
-def _inputs(room: Room, lease: Lease) -> _Inputs:
+def _inputs(room: Room, lease: Lease, inputs: Mapping[str, Any], plan: Plan | str | Path | None) -> _Inputs:
     """The visible set as sources with claims, the recipe and the base; their blobs are held by the lease."""
     root = None
     while root != room.opset.root:  # until nothing was removed, and perhaps collected, before it was held
@@ -95,14 +105,15 @@ def _inputs(room: Room, lease: Lease) -> _Inputs:
         base = room.genesis.base
         manifests = (room.manifest(one) for one in [*(entry.id for entry in visible), *([base] if base else [])])
         lease.hold(row.digest for manifest in manifests if manifest for row in manifest.rows)
-        lease.hold(file for entry in visible for file in entry.files.values())
+        lease.hold(file for entry in visible for file in (*entry.files.values(), *entry.claim.stats.values()))
     refuse_version(recipe)
     if not visible:
         raise UsageError("nothing to merge: the visible set is empty. Add models with `crdtmerge add`.")
     models: list[tuple[Any, Claim]] = [(room.source(entry.id, entry.files), entry.claim) for entry in visible]
     base_source = room.source(base, room.genesis.files) if base else None
     files = [[entry.id, dict(entry.files)] for entry in visible]
-    return _Inputs(models, recipe, base_source, digest("cached-merge", [merge_id(root, recipe), files]))
+    stats = [room.statistics(entry.claim.stats) for entry in visible]
+    return _Inputs(models, recipe, base_source, Beside(stats, inputs, plan), files)
 
 
 def _remembered(room: Room, identity: bytes) -> Receipt | None:

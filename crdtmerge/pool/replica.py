@@ -14,17 +14,17 @@ RULES
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
 
 from crdtmerge import limits
 from crdtmerge.errors import NotAllowedError, UsageError
 from crdtmerge.keys import Key
 from crdtmerge.pool.beginning import found, new_folder
 from crdtmerge.pool.room import KEY_NAME, Progress, Room, Taking, silent
+from crdtmerge.pool.shown import Shown
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.architecture import Architecture
 from crdtmerge.replica.contribution import Manifest, Says
@@ -32,19 +32,18 @@ from crdtmerge.replica.entry import Entry
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.members import Rank
 from crdtmerge.replica.op import Add, Grant, Op, Remove, Retract, Revoke, SetRecipe, Unretract
-from crdtmerge.replica.opset import Joined, OpSet
+from crdtmerge.replica.opset import Joined
 
 if TYPE_CHECKING:
     from crdtmerge.pool.outputs import Resolved
-    from crdtmerge.pool.peers import Peers
-    from crdtmerge.pool.transfer import Giving, Receiving
     from crdtmerge.resolve.merge import Merged
+    from crdtmerge.resolve.merging import Options
     from crdtmerge.store.blobs import Staging
     from crdtmerge.store.check import Report
     from crdtmerge.store.collect import Collected
     from crdtmerge.store.disk import Disk
     from crdtmerge.store.ingest import Ingested
-    from crdtmerge.store.source import BlobSource
+    from crdtmerge.strategies.protocol import Plan
 
 
 class Added(NamedTuple):
@@ -69,17 +68,13 @@ class Ended(NamedTuple):
     stays: tuple[bytes, ...]
 
 
-class Replica:
+class Replica(Shown):
     """An open replica. Safe to use from several threads.
 
     >>> with Replica.open("pool") as replica:  # doctest: +SKIP
     ...     replica.add("ft-a/", weight=2)
     ...     replica.resolve().save("merged/")
     """
-
-    def __init__(self, room: Room) -> None:
-        """Use ``create``, ``open`` or ``of_bundle``."""
-        self._room = room
 
     # ---- beginning
 
@@ -205,165 +200,6 @@ class Replica:
 
         return cls(Room.opened(Path(folder), disk or Disk()))
 
-    # ---- what is in it
-
-    @property
-    def folder(self) -> Path:
-        """Where it lies."""
-        return self._room.folder
-
-    @property
-    def genesis(self) -> Genesis:
-        """The pool as it began."""
-        return self._room.genesis
-
-    @property
-    def opset(self) -> OpSet:
-        """The operations and what follows from them, to be read."""
-        return self._room.opset
-
-    @property
-    def pool_id(self) -> bytes:
-        """Names the pool: replicas with equal ids hold one set."""
-        return self.genesis.id
-
-    @property
-    def author(self) -> bytes:
-        """The public key that signs here."""
-        return self._room.author
-
-    @property
-    def key(self) -> Key:
-        """The key that signs here. Raises KeyFileError."""
-        return self._room.own_key()
-
-    @property
-    def peers(self) -> Peers:
-        """The peers that it trusts."""
-        from crdtmerge.pool.peers import Peers
-
-        return Peers(self._room)
-
-    def refuse_inside(self, out: Path) -> None:
-        """Raise OutputError for an output that would lie in the replica's folder, or around it."""
-        self._room.refuse_inside(out)
-
-    def giving(self) -> Giving:
-        """The blobs that it gives to others."""
-        from crdtmerge.pool.transfer import Giving
-
-        return Giving(self._room)
-
-    def receiving(self, key_quota: int | None = None) -> Receiving:
-        """A context in which it takes blobs from others, of each key's contents at most so many bytes."""
-        from crdtmerge.pool.transfer import Receiving
-
-        return Receiving(self._room, key_quota)
-
-    @property
-    def recipe(self) -> Recipe:
-        """The complete recipe in force."""
-        return self.opset.recipe
-
-    @property
-    def root(self) -> bytes:
-        """The Merkle root of the visible set."""
-        return self.opset.root
-
-    @property
-    def state_root(self) -> bytes:
-        """The digest of all that counts, hidden things too."""
-        return self.opset.state_root
-
-    @property
-    def heads(self) -> tuple[bytes, ...]:
-        """The last operations."""
-        return self.opset.heads()
-
-    @property
-    def visible(self) -> list[Entry]:
-        """The visible set in canonical order."""
-        return self.opset.visible()
-
-    def is_ready(self, content: bytes) -> bool:
-        """Whether all tensors of a content are here."""
-        return self._room.is_ready(content)
-
-    def ready(self) -> set[bytes]:
-        """The contents whose tensors are all here."""
-        return self._room.ready()
-
-    def manifest(self, content: bytes) -> Manifest | None:
-        """The manifest of a content that was added, or of the base."""
-        return self._room.manifest(content)
-
-    def source(self, content: bytes, files: Mapping[str, bytes] | None = None) -> BlobSource:
-        """A content, or the base, as something to merge or compare. Raises ReplicaError where it is not here."""
-        return self._room.source(content, files or {})
-
-    def seen(self, op: bytes) -> float | None:
-        """When an operation came here, in seconds since 1970 by this machine's clock: to be shown, never to be used."""
-        row = self._room.database.one("SELECT at FROM seen WHERE op = ?", (op,))
-        return None if row is None else float(row[0])
-
-    def last_ops(self, count: int | None = None) -> list[Op]:
-        """The last operations, or all, in the order (height, id)."""
-        if count is None:
-            return list(self.opset.ops())
-        rows = self._room.database.rows("SELECT member FROM set_order ORDER BY key DESC, member DESC LIMIT ?", (count,))
-        return [self.opset.op(row[0]) for row in reversed(rows)]
-
-    def known_keys(self) -> set[bytes]:
-        """Every key that signed something here, or was granted or revoked."""
-        actors = {row[0][:32] for row in self._room.database.rows("SELECT key FROM set_tips")}
-        named = (self.opset.op(row[0]).payload for row in self._room.database.rows("SELECT key FROM set_members"))
-        return actors | {payload.key for payload in named if isinstance(payload, Grant | Revoke)}
-
-    def bytes_of(self, content: bytes) -> int | None:
-        """Bytes of a content's tensors that are here; None if its manifest is not."""
-        manifest = self.manifest(content)
-        if manifest is None:
-            return None
-        blobs = [self._room.blobs.get(row.digest) for row in manifest.rows]
-        return sum(blob.nbytes for blob in blobs if blob)
-
-    def whole_bytes_of(self, content: bytes) -> int | None:
-        """Bytes of a content's tensors, here or not; None if its manifest is not."""
-        from crdtmerge.numerics.dtypes import DTYPES
-
-        manifest = self.manifest(content)
-        rows = manifest.rows if manifest else ()
-        return sum(DTYPES[row.dtype].nbytes(row.shape) for row in rows if row.dtype in DTYPES) if manifest else None
-
-    def version(self) -> int:
-        """A number that changes when another process or thread commits: how a running node notices."""
-        return self._room.database.version()
-
-    def snapshot(self) -> AbstractContextManager[None]:
-        """A context in which all reads see one state."""
-        return self._room.database.snapshot()
-
-    def find(self, prefix: str) -> bytes:
-        """The one content or operation whose id begins so. Raises UsageError."""
-        found = {*self.contents_like(prefix), *self._like("set_ops", prefix)}
-        return _the_one(prefix, found, "content or operation")
-
-    def find_content(self, prefix: str) -> bytes:
-        """The one content whose id begins so. Raises UsageError."""
-        return _the_one(prefix, self.contents_like(prefix), "contribution")
-
-    def contents_like(self, prefix: str) -> set[bytes]:
-        """The contents whose id begins so, also those that were retracted before they were seen."""
-        return self._like("set_adds", prefix) | self._like("set_retracts", prefix)
-
-    def _like(self, table: str, prefix: str) -> set[bytes]:
-        text = prefix.lower()
-        if len(text) < 4 or len(text) > 64 or set(text) - set("0123456789abcdef"):
-            raise UsageError(f"{prefix!r} is no id: 4 to 64 hexadecimal digits.")
-        low, high = bytes.fromhex(text.ljust(64, "0")), bytes.fromhex(text.ljust(64, "f"))
-        rows = self._room.database.rows(f"SELECT DISTINCT key FROM {table} WHERE key BETWEEN ? AND ?", (low, high))
-        return {row[0] for row in rows}
-
     # ---- changing it
 
     def add(
@@ -373,7 +209,7 @@ class Replica:
         weight: object = None,
         role: str | None = None,
         task: str | None = None,
-        stats: Mapping[str, bytes] | None = None,
+        stats: Mapping[str, Any] | None = None,
         note: str | None = None,
         replaces: Iterable[bytes] = (),
         threads: int | None = None,
@@ -381,8 +217,10 @@ class Replica:
     ) -> Added:
         """Add a model: a path to a checkpoint, or a state dict. It is read once, hashed and copied in the same pass.
 
-        What is left out is unsaid: adding a content again without a weight leaves its weight as it is. ``replaces``
-        names contents of one's own that this one takes the place of.
+        What is left out is unsaid: adding a content again without a weight leaves its weight as it is. ``stats`` are
+        statistics by name: files or mappings of names to arrays, which are kept here and travel with the model, or
+        digests of 32 bytes of files that are announced only. ``replaces`` names contents of one's own that this one
+        takes the place of.
 
         Raises:
             InputError: the model cannot be read, changes meanwhile or holds NaN. MismatchError: it does not fit.
@@ -391,13 +229,28 @@ class Replica:
         from crdtmerge.resolve.asking import said_role, said_stats, said_text, said_weight
 
         task, note = said_text("task", task, limits.NAME_BYTES_MAX), said_text("note", note, limits.NOTE_BYTES_MAX)
-        says = Says(said_weight(weight), said_role(role), task, said_stats(stats), note=note)
+        announced, held = said_stats(stats)
+        says = Says(said_weight(weight), said_role(role), task, announced, note=note)
         with Taking(self._room, self.genesis.recipe, self._room.architecture, threads, progress) as (intake, staging):
             taken = intake.take(model, "the model")
+            if held:
+                found, nbytes = self._stage(held, taken, staging)
+                says, taken = replace(says, stats={**announced, **found}), taken._replace(nbytes=taken.nbytes + nbytes)
             staging.sync()
             op, new = self._room.group.run(lambda: self._write_add(taken, says, replaces, staging))
         entry = self.opset.entry(taken.manifest.id)
         return Added(taken.manifest.id, op.id, entry, taken.nbytes, new, tuple(taken.notes))
+
+    def _stage(self, held: Mapping[str, Any], taken: Ingested, staging: Staging) -> tuple[dict[str, bytes], int]:
+        """Statistics that come with a model, as blobs on their way: their digests by name, and their bytes."""
+        from crdtmerge.resolve.statistic import kept_bytes
+
+        names, allowed = [row.name for row in taken.manifest.rows], self.genesis.recipe.allow_nonfinite
+        digests, nbytes = dict[str, bytes](), 0
+        for name, value in sorted(held.items()):
+            data = kept_bytes(value, f"the {name} of the model", names, allow_nonfinite=allowed)
+            digests[name], nbytes = staging.file(data), nbytes + len(data)
+        return digests, nbytes
 
     def _write_add(self, taken: Ingested, says: Says, replaces: Iterable[bytes], staging: Staging) -> tuple[Op, int]:
         new = staging.publish(self._room.quota)
@@ -511,22 +364,39 @@ class Replica:
 
     # ---- merging it
 
-    def resolve(self, *, threads: int | None = None, device: str = "cpu", progress: Progress = silent) -> Merged:
-        """Merge the visible set into memory: the same bytes for equal sets, on any machine.
+    def resolve(
+        self,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        plan: Plan | str | Path | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+        progress: Progress = silent,
+    ) -> Merged:
+        """Merge the visible set into memory: the same bytes for equal sets, inputs and plans, on any machine.
 
-        Raises what ``crdtmerge.merge`` raises, and ReplicaError where a contribution is announced but not here.
+        ``inputs`` are what else the strategy reads, by name; ``plan`` was made for this very merge. Raises what
+        ``crdtmerge.merge`` raises, and ReplicaError where a contribution is announced but not here.
         """
         from crdtmerge.pool import outputs
 
-        return outputs.resolve(self._room, threads, device, progress)
+        return outputs.resolve(self._room, _options(threads, device, progress), inputs or {}, plan)
 
     def resolve_to(
-        self, out: str | Path, *, threads: int | None = None, device: str = "cpu", progress: Progress = silent
+        self,
+        out: str | Path,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        plan: Plan | str | Path | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+        progress: Progress = silent,
     ) -> Resolved:
         """Bring an output up to date. One that already is the merge of this set is hashed and left as it is."""
         from crdtmerge.pool import outputs
 
-        return outputs.resolve_to(self._room, Path(out), threads, device, progress)
+        options = _options(threads, device, progress)
+        return outputs.resolve_to(self._room, Path(out), options, inputs or {}, plan)
 
     # ---- exchanging it
 
@@ -595,16 +465,13 @@ class Replica:
         self.close()
 
 
+def _options(threads: int | None, device: str, progress: Progress) -> Options:
+    from crdtmerge.resolve.merging import Options
+
+    return Options(threads=threads, device=device, progress=progress)
+
+
 def _reason(reason: str | None) -> str | None:
     from crdtmerge.resolve.asking import said_text
 
     return said_text("reason", reason, limits.NOTE_BYTES_MAX)
-
-
-def _the_one(prefix: str, found: set[bytes], what: str) -> bytes:
-    if not found:
-        raise UsageError(f"no {what} begins with {prefix}; `crdtmerge status` and `crdtmerge log` list them.")
-    if len(found) > 1:
-        some = ", ".join(sorted(one.hex()[: len(prefix) + 4] for one in found)[:5])
-        raise UsageError(f"{len(found)} begin with {prefix}: {some}. Give more digits.")
-    return found.pop()

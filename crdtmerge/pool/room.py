@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from crdtmerge.errors import InputError, KeyFileError, OutputError, ReplicaError
+from crdtmerge.errors import DatabaseError, InputError, KeyFileError, OutputError, ReplicaError
 from crdtmerge.keys import Key
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.architecture import Architecture
-from crdtmerge.replica.contribution import Manifest
+from crdtmerge.replica.contribution import Manifest, is_id
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import Add, Op, Payload
 from crdtmerge.replica.opset import Joined, OpSet
@@ -22,6 +22,7 @@ from crdtmerge.store.database import Database, SqliteTables
 from crdtmerge.store.group_commit import GroupCommit
 
 if TYPE_CHECKING:
+    from crdtmerge.resolve.statistic import Kept
     from crdtmerge.store.blobs import Blobs, Staging
     from crdtmerge.store.disk import Disk
     from crdtmerge.store.ingest import Intake
@@ -84,8 +85,12 @@ class Room:
 
     @property
     def author(self) -> bytes:
-        """The public key that signs here."""
-        author: bytes = self.database.meta("author")
+        """The public key that signs here. Raises DatabaseError."""
+        author = self.database.meta("author")
+        if not is_id(author):
+            raise DatabaseError(
+                f"{self.folder}: which key signs here is lost; name it again by `crdtmerge keys import`."
+            )
         return author
 
     @property
@@ -123,6 +128,16 @@ class Room:
         if manifest is None:
             raise ReplicaError(f"contribution {content.hex()} is not in this replica.")
         return BlobSource(self.blobs, manifest, files)
+
+    def statistics(self, stats: Mapping[str, bytes]) -> dict[str, Kept]:
+        """The statistics of a contribution that are here."""
+        from crdtmerge.resolve.statistic import Kept
+
+        here = {name: blob for name, digest in stats.items() if (blob := self.blobs.get(digest)) is not None}
+        return {
+            name: Kept(blob.digest, blob.nbytes, partial(self.blobs.read_into, blob), self.folder)
+            for name, blob in here.items()
+        }
 
     def refuse_inside(self, out: Path) -> None:
         """Raise OutputError for an output that would lie in the replica, or around it."""

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from crdtmerge.canonical import complement, decimal
 from crdtmerge.errors import NeedsError, OpError, UsageError
 from crdtmerge.numerics.dtypes import float_named
-from crdtmerge.recipe import Recipe
+from crdtmerge.recipe import PLAN, Recipe
 from crdtmerge.replica.contribution import ROLES, Claim, named
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
+from crdtmerge.strategies.protocol import Needs
 
 
 def claims(
@@ -59,16 +61,19 @@ def said_role(role: str | None) -> str | None:
     return role
 
 
-def said_stats(stats: Mapping[str, bytes] | None) -> dict[str, bytes]:
-    """Statistics by name, as digests of 32 bytes. Raises UsageError."""
+def said_stats(stats: Mapping[str, Any] | None) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """Statistics by name: those that are announced by their digests, and those that are here. Raises UsageError."""
+    wanted = "a table of names with files, mappings of names to arrays, or digests of 32 bytes is needed"
     if stats is None:
-        return {}
+        return {}, {}
     if not isinstance(stats, Mapping):
-        raise UsageError(f"stats = {stats!a:.80}: a table of names and digests of 32 bytes is needed.")
+        raise UsageError(f"stats = {stats!a:.80}: {wanted}.")
+    held = {name: value for name, value in stats.items() if isinstance(value, str | Path | Mapping)}
     try:
-        return named(dict(stats), "stats")
+        said = named({name: bytes(32) if name in held else value for name, value in stats.items()}, "stats")
     except (OpError, TypeError) as fault:
-        raise UsageError(f"{fault}: a table of names and digests of 32 bytes is needed.") from None
+        raise UsageError(f"{fault}: {wanted}.") from None
+    return {name: digest for name, digest in said.items() if name not in held}, held
 
 
 def said_text(what: str, text: str | None, bytes_max: int) -> str | None:
@@ -101,9 +106,21 @@ def completed(recipe: Recipe, base: bytes | None) -> Recipe:
     recipe = with_dtype_named(recipe)
     strategy = registry.get(recipe.strategy)
     params: Filled[Any] = Filled(recipe.strategy, strategy.Params, recipe.params)
-    if base is None and any(strategy.needs(p).base == "required" for p in params.variants()):
+    needs = [strategy.needs(p) for p in params.variants()]
+    refuse_other_inputs(recipe.inputs.keys() - {PLAN}, needs, recipe.strategy)
+    if base is None and any(one.base == "required" for one in needs):
         raise NeedsError(f"strategy '{recipe.strategy}' needs a base: the model from which all were fine-tuned.")
     return recipe.completed(strategy.version, params.canonical, base)
+
+
+def refuse_other_inputs(names: Iterable[str], needs: Iterable[Needs], strategy: str) -> None:
+    """Raise UsageError for an input that the strategy does not have."""
+    takes = sorted({name for one in needs for name in (*one.models, *one.inputs)})
+    unknown = sorted(set(map(str, names)) - {*takes})
+    if unknown:
+        raise UsageError(
+            f"strategy '{strategy}' has no input {unknown[0]!a:.80}. It has: {', '.join(takes) or 'none'}."
+        )
 
 
 def refuse_dtype(recipe: Recipe) -> None:

@@ -85,7 +85,7 @@ def gather(models: Sequence[tuple[Known, Claim]], base: Known | None) -> Gathere
         if first.claim != claim:
             raise UsageError(
                 f"{one.source.label} and {first.source.label} hold the same content, {_claim(claim)} and "
-                f"{_claim(first.claim)}. A set holds it once: give it once, with one weight, role and task."
+                f"{_claim(first.claim)}. A set holds it once: give it once, with one weight, role, task and statistics."
             )
         notes.append(f"{one.source.label} holds the same content as {first.source.label} and counts once")
     ordered = tuple(found[content] for content in sorted(found))
@@ -94,4 +94,5 @@ def gather(models: Sequence[tuple[Known, Claim]], base: Known | None) -> Gathere
 
 
 def _claim(claim: Claim) -> str:
-    return f"weight {claim.weight}, role {claim.role}" + (f", task {claim.task}" if claim.task else "")
+    stats = "".join(f", {name} {found.hex()[:16]}" for name, found in claim.stats.items())
+    return f"weight {claim.weight}, role {claim.role}" + (f", task {claim.task}" if claim.task else "") + stats

@@ -106,12 +106,12 @@ def publish(output: Output, receipt: Receipt, inputs: bytes, files: Mapping[str,
     return output.commit()
 
 
-def into_files(one: Merge, out: Path, plan: Plan | None = None) -> tuple[Receipt, float, int]:
+def into_files(one: Merge, out: Path) -> tuple[Receipt, float, int]:
     """Run a merge into a folder or file: (receipt, seconds of fsync, bytes written). Raises OutputError."""
     folder = is_folder(out)
     layout = one.layout(None if folder else out.name)
     with Output(out, layout, folder=folder) as output:
-        receipt = one.run(output, folder=folder, plan=plan)
+        receipt = one.run(output, folder=folder)
         fsync_seconds = publish(output, receipt, one.inputs(), one.files() if folder else {})
     return receipt, fsync_seconds, layout.nbytes
 
@@ -124,8 +124,9 @@ def merge(
     weights: Sequence[object] | None = None,
     roles: Sequence[str] | None = None,
     tasks: Sequence[str | None] | None = None,
-    stats: Sequence[Mapping[str, Any]] | None = None,
+    stats: Sequence[Mapping[str, Any] | None] | None = None,
     inputs: Mapping[str, Any] | None = None,
+    plan: Plan | str | Path | None = None,
     dtype: str | None = None,
     missing: Any = None,
     exclude: Sequence[str] = (),
@@ -145,6 +146,7 @@ def merge(
         roles, tasks: what each model is for; see ``crdtmerge.replica.contribution``.
         stats: for each model its statistics by name (``fisher``, ``gram``), as a file or a mapping of names to arrays.
         inputs: what else the strategy reads, by name: further models, programs, batches.
+        plan: made for this very merge by ``crdtmerge plan``, a file or a ``Plan``; it is applied and not made again.
         dtype: of the result; by default that of the inputs.
         missing: ``"base"`` or ``"skip"`` for tensors that some models lack; by default they are refused.
         exclude: globs of tensors that are copied (from the base, else the first in canonical order) instead of merged.
@@ -168,7 +170,7 @@ def merge(
         recipe, t = recipe_of(strategy, params, **asked)
     said = claims(len(models), weights=weights, t=t, roles=roles, tasks=tasks)
     options = Options(threads=threads, device=device, rehash=rehash, cache=DigestCache())
-    beside = Beside(stats or (), inputs or {})
+    beside = Beside(() if stats is None else stats, {} if inputs is None else inputs, plan)
     return into_memory(list(zip(models, said, strict=True)), recipe, base, options, beside)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -19,15 +20,16 @@ from crdtmerge.numerics.guard import require_ieee
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.reduction import BLOCK
 from crdtmerge.numerics.workers import Workers
-from crdtmerge.recipe import Recipe
+from crdtmerge.recipe import PLAN, Recipe
 from crdtmerge.replica.contribution import ROLES, Claim
 from crdtmerge.resolve.asking import with_dtype_named
-from crdtmerge.resolve.beside import NOTHING, Beside, claimed, opened_inputs, refuse_others
+from crdtmerge.resolve.beside import NOTHING, Beside, check_shapes, given_plan, open_beside
 from crdtmerge.resolve.blocks import stretch_elements
 from crdtmerge.resolve.engine import Digests, Sink, Work, check_inputs, run
 from crdtmerge.resolve.fit import Copying, fit
 from crdtmerge.resolve.gather import Gathered, Known, gather, known
-from crdtmerge.resolve.receipt import Receipt, TensorRow, inputs_bytes
+from crdtmerge.resolve.inner import Running
+from crdtmerge.resolve.receipt import Receipt, TensorRow, build_here, inputs_bytes, merge_id
 from crdtmerge.resolve.sources import MemorySource, Source, open_source
 from crdtmerge.resolve.view import TensorView
 from crdtmerge.strategies import registry
@@ -54,6 +56,8 @@ class Options:
     rehash: bool = False
     cache: DigestCache | None = None
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
+    state: Path | None = None
+    """Beside which file a long plan keeps its state, to be taken up again."""
 
 
 class Merge:
@@ -72,9 +76,7 @@ class Merge:
         if options.threads is not None and (type(options.threads) is not int or options.threads < 1):
             raise UsageError(f"threads = {options.threads!r}: must be a number from 1 on.")
         recipe = with_dtype_named(recipe)
-        self.strategy = registry.get(recipe.strategy)
-        self.params: Filled[Any] = Filled(recipe.strategy, self.strategy.Params, recipe.params)
-        self.needs = combined([self.strategy.needs(p) for p in self.params.variants()])
+        self.strategy, self.params, self.needs = needs_of(recipe)
         self.options = options
         _check(recipe, models, base, self.needs)
         self._made: Plan | None = None
@@ -92,43 +94,45 @@ class Merge:
         self.workers = self._open.enter_context(Workers(self.options.threads))
         self.sources = [self._opened(model, f"model {i + 1}") for i, (model, _) in enumerate(models)]
         self.base_source = self._opened(base, "the base") if base is not None else None
-        given = beside.stats or [{}] * len(models)
-        claims = [
-            claimed(claim, stats, source.label, self.needs, recipe.strategy)
-            for (_, claim), stats, source in zip(models, given, self.sources, strict=True)
-        ]
-        self._beside = opened_inputs(self.needs, beside.inputs, recipe.inputs, recipe.strategy, self._open)
-        inputs = self._inputs
-        self._total = sum(entry.nbytes for source in inputs for entry in source.entries.values())
-        read = self._progress("reading", self._total)
-        found = [known(source, self.workers, self.options.cache, read) for source in inputs]
+        said = [claim for _, claim in models]
+        labelled = [(source.label, claim) for source, claim in zip(self.sources, said, strict=True)]
+        self._beside = open_beside(beside, labelled, self.needs, recipe, self._open)
+        sizes = [entry.nbytes for source in [*self._inputs, *self._beside.sources] for entry in source.entries.values()]
+        read = self._progress("reading", sum(sizes))
+        found = [known(source, self.workers, self.options.cache, read) for source in self._inputs]
         if not recipe.allow_nonfinite:
             for one in found:
                 refuse_nonfinite(one.facts, recipe.excludes, one.source.where, MERGE_ANYWAY)
+        self._beside.read(recipe, self.workers, None if self.options.rehash else self.options.cache, read)
+        self._beside.place(found[: len(models)], self.needs)
         base_known = found[-1] if self.base_source else None
-        self.gathered: Gathered = gather(list(zip(found, claims, strict=False)), base_known)
-        for name, source in self._beside.models.items():
-            self._beside.digests[name] = known(source, self.workers, self.options.cache, lambda step: None).id
-        refuse_others(recipe.inputs, self._beside.digests)
+        self.gathered: Gathered = gather(list(zip(found, self._beside.claims(said), strict=False)), base_known)
         self.recipe = recipe.completed(
             self.strategy.version, self.params.canonical, base_known.id if base_known else None, self._beside.digests
         )
-        for one, stats in zip(found, given, strict=False):
-            self._beside.stats[one.id] = {
-                name: self._opened(value, f"the {name} of {one.source.label}") for name, value in stats.items()
-            }
+        self._take_plan(beside.plan, recipe)
         uses_base = self.needs.base == "required" or (self.needs.base == "optional" and base_known is not None)
         merging, self.copying = fit(self.gathered, self.recipe, uses_base)
         ids = [one.id for one in self.gathered.contributions]
         self.merging = [self._beside.of(tensor, ids) for tensor in merging]
+        if self.needs.unit == "element":
+            check_shapes(self.merging)
         self._known: list[Known] = found
         self.notes = list(self.gathered.notes)
-        left_out = set().union(*(source.entries for source in inputs)) - {name for name, _, _ in self.tensors()}
+        left_out = set().union(*(source.entries for source in self._inputs)) - {name for name, _, _ in self.tensors()}
         if left_out:
             self.notes.append(f"not in the output, since only some models have it: {some(sorted(left_out))}")
         if base_known and not uses_base:
             self.notes.append(f"{recipe.strategy} does not use a base; only its files are carried over")
         self._files: dict[str, bytes] | None = None
+
+    def _take_plan(self, plan: Plan | str | Path | None, asked: Recipe) -> None:
+        """Take the plan that is given, bound to this very merge, and name it in the recipe."""
+        unplanned = self.recipe.planned(None)
+        self.unplanned_id = merge_id(self.gathered.root, unplanned)
+        self._made = given_plan(plan, asked.inputs.get(PLAN), self.needs, asked.strategy, self.unplanned_id)
+        self._plan_path = str(Path(plan).resolve()) if self._made and not isinstance(plan, Plan | None) else None
+        self.recipe = unplanned.planned(self._made.digest if self._made else None)
 
     def _opened(self, model: Model, label: str) -> Source:
         source = open_source(model, label)
@@ -148,7 +152,7 @@ class Merge:
     @property
     def bytes_read(self) -> int:
         """Bytes read from all sources so far."""
-        return sum(source.bytes_read for source in self._inputs)
+        return sum(source.bytes_read for source in [*self._inputs, *self._beside.sources])
 
     @property
     def _inputs(self) -> list[Source]:
@@ -192,14 +196,15 @@ class Merge:
     def plan(self) -> Plan:
         """What the strategy must know of the whole input: made at the first use. Raises what the strategy raises."""
         if self._made is None:
-            with _one_thread_of_torch():
-                self._made = self.strategy.plan(self._view(), self.params.at, self._rng)
+            with _one_thread_of_torch(), closing(self._view()) as view:
+                self._made = self.strategy.plan(view, self.params.at, self._rng)
         return self._made
 
     @cached_property
     def _kernels(self) -> fused.Kernels | None:
         definition_only = self.options.device != "cpu" or self.recipe.allow_nonfinite
-        return None if definition_only else fused.choose(self._total)
+        total = sum(entry.nbytes for source in self._inputs for entry in source.entries.values())
+        return None if definition_only else fused.choose(total)
 
     @property
     def _rng(self) -> Rng:
@@ -215,18 +220,21 @@ class Merge:
             device=self.options.device,
             canonical_nan=self.recipe.allow_nonfinite,
             files=self._beside.files,
+            models=Running(self.copying, self._beside.digests, self.options.progress, self.options.state),
         )
 
-    def run(self, sink: Sink, *, folder: bool, plan: Plan | None = None) -> Receipt:
-        """Plan, unless a plan made for this very merge is given, then write every merged tensor into the sink.
+    def recall(self, plan: Plan | None) -> None:
+        """Use a plan that was made for this very merge before, and is not part of what was asked for."""
+        self._made = self._made or plan
 
-        Raises what the strategy, the sources and the sink raise.
-        """
-        self._made = plan or self._made
+    def run(self, sink: Sink, *, folder: bool) -> Receipt:
+        """Plan, then write every merged tensor into the sink. Raises what the strategy, sources and sink raise."""
         with _one_thread_of_torch():
             digests = self._run(sink)
-        for source in self._inputs:
+        for source in [*self._inputs, *self._beside.sources]:
             source.check_unchanged()
+        if self.options.rehash:
+            self._beside.check_read()
         return self._receipt(digests, folder)
 
     def _run(self, sink: Sink) -> Digests:
@@ -261,19 +269,33 @@ class Merge:
         fitting = ROWS_BYTES // (8 * (len(self.gathered.contributions) + 1)) // BLOCK * BLOCK
         return min(stretch_elements(), max(fitting, BLOCK))
 
+    @property
+    def build(self) -> str | None:
+        """What the bytes depend on besides inputs and recipe: nothing for class E, this build for class P."""
+        exact = self.needs.exact and (self.needs.plan != "model" or PLAN in self.recipe.inputs)
+        return None if exact else build_here(self.options.device)
+
     def _receipt(self, digests: Digests, folder: bool) -> Receipt:
         return Receipt(
             self.recipe,
             tuple((one.id, one.claim) for one in self.gathered.contributions),
             tuple(TensorRow(name, dtype.name, shape, digests.outputs[name]) for name, dtype, shape in self.tensors()),
             {name: hashlib.sha256(data).hexdigest() for name, data in self.files().items()} if folder else {},
-            exact=self.needs.exact and (self.needs.plan != "model" or "plan" in self.recipe.inputs),
+            self.build is None,
+            self.build,
         )
 
     def inputs(self) -> bytes:
         """``inputs.json``: where the contents were found, as absolute paths; null for those that were in memory."""
         base = (self.gathered.base.id, _path(self.gathered.base.source)) if self.gathered.base else None
-        return inputs_bytes([(one.id, _path(one.source)) for one in self.gathered.contributions], base)
+        beside = self._beside
+        stats = {
+            content: {name: _path(source) for name, source in held.items()} for content, held in beside.stats.items()
+        }
+        inputs = {name: _path(source) for name, source in beside.models.items()}
+        inputs |= {name: str(path.resolve()) for name, path in beside.files.items()}
+        inputs |= {PLAN: self._plan_path} if PLAN in self.recipe.inputs else {}
+        return inputs_bytes([(one.id, _path(one.source)) for one in self.gathered.contributions], base, stats, inputs)
 
     def close(self) -> None:
         """Let go of files and threads."""
@@ -303,12 +325,21 @@ def _one_thread_of_torch() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
+def needs_of(recipe: Recipe) -> tuple[Strategy[Any], Filled[Any], Needs]:
+    """A recipe's strategy, its parameters filled in, and what it needs. Raises UsageError."""
+    strategy = registry.get(recipe.strategy)
+    params: Filled[Any] = Filled(recipe.strategy, strategy.Params, recipe.params)
+    return strategy, params, combined([strategy.needs(p) for p in params.variants()])
+
+
 def combined(needs: Sequence[Needs]) -> Needs:
     """What all variants of a recipe's parameters need together."""
     first = needs[0]
-    order = ("unused", "optional", "required")
+    bases, plans = ("unused", "optional", "required"), ("none", "scan", "model")
     return first._replace(
-        base=max((one.base for one in needs), key=order.index),
+        base=max((one.base for one in needs), key=bases.index),
+        plan=max((one.plan for one in needs), key=plans.index),
+        roles=tuple(role for role in first.roles if all(role in one.roles for one in needs)),
         exact=all(one.exact for one in needs),
         unit="tensor" if any(one.unit == "tensor" for one in needs) else "element",
         stats=tuple(sorted(set().union(*(one.stats for one in needs)))),

@@ -7,12 +7,14 @@ It holds no time, host, path or library version (those of class P excepted, whic
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from crdtmerge.canonical import decimal, decimal_text, digest
 from crdtmerge.errors import ReceiptError, UsageError
+from crdtmerge.numerics.lazy import torch
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica import trie
 from crdtmerge.replica.contribution import Claim, leaf
@@ -110,6 +112,8 @@ class Receipt:
         files = {_text(name): _text(found) for name, found in value["files"].items()}
         contributions = tuple((_digest(c["id"]), _claim(c)) for c in value["contributions"])
         build = value["build"] if value["build"] is None else _text(value["build"])
+        if (value["class"] == "E") != (build is None):
+            raise ValueError("only what is of class P names a build")
         return cls(Recipe.from_canonical(value["recipe"]), contributions, tensors, files, value["class"] == "E", build)
 
 
@@ -151,11 +155,26 @@ def json_bytes(value: object) -> bytes:
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=True) + "\n").encode()
 
 
-def inputs_bytes(contributions: Sequence[tuple[bytes, str | None]], base: tuple[bytes, str | None] | None) -> bytes:
-    """``inputs.json``: content ids to the paths where they were found, null for what was in memory."""
-    return json_bytes(
-        {
-            "base": {"id": base[0].hex(), "path": base[1]} if base else None,
-            "contributions": [{"id": content.hex(), "path": path} for content, path in contributions],
-        }
-    )
+Paths = Mapping[str, str | None]
+
+
+def inputs_bytes(
+    contributions: Sequence[tuple[bytes, str | None]],
+    base: tuple[bytes, str | None] | None,
+    stats: Mapping[bytes, Paths],
+    inputs: Paths,
+) -> bytes:
+    """``inputs.json``: where contents, statistics and inputs were found, null for what was in memory."""
+    table: dict[str, Any] = {
+        "base": {"id": base[0].hex(), "path": base[1]} if base else None,
+        "contributions": [{"id": content.hex(), "path": path} for content, path in contributions],
+    }
+    held = {content.hex(): dict(paths) for content, paths in stats.items() if paths}
+    return json_bytes(table | ({"stats": held} if held else {}) | ({"inputs": dict(inputs)} if inputs else {}))
+
+
+def build_here(device: str) -> str:
+    """What the values of a merge of class P depend on besides its inputs: torch, and where it computes."""
+    if device == "cpu":
+        return f"torch {torch.__version__} {platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    return f"torch {torch.__version__} cuda {torch.version.cuda} {torch.cuda.get_device_name(torch.device(device))}"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,14 +22,18 @@ from numpy.typing import NDArray
 from crdtmerge import limits
 from crdtmerge.errors import CrdtMergeError, InputError, ReceiptError
 from crdtmerge.numerics.workers import Workers
-from crdtmerge.recipe import Recipe
+from crdtmerge.recipe import PLAN, Recipe
 from crdtmerge.replica.contribution import Claim
+from crdtmerge.resolve import plan_file
+from crdtmerge.resolve.beside import Beside, file_digest
 from crdtmerge.resolve.gather import known
 from crdtmerge.resolve.merge import is_folder
-from crdtmerge.resolve.merging import Merge, Options
-from crdtmerge.resolve.receipt import Receipt
+from crdtmerge.resolve.merging import Merge, Options, needs_of
+from crdtmerge.resolve.receipt import Receipt, build_here
 from crdtmerge.resolve.sources import Source, open_source
+from crdtmerge.resolve.statistic import Kept
 from crdtmerge.strategies import registry
+from crdtmerge.strategies.protocol import Plan
 from crdtmerge.weights.carried import CARRIED_NAMES, read_small
 from crdtmerge.weights.layout import INDEX_NAME, Layout
 from crdtmerge.weights.place import RECEIPT_NAME
@@ -61,6 +65,34 @@ def open_checkpoint(path: Path, wanted: Set[bytes]) -> Sequence[Source]:
     return [open_source(path, str(path))]
 
 
+Finder = Callable[[Path, Set[bytes]], Mapping[bytes, Path | Kept]]
+"""The files, of those that are wanted by SHA-256, that a path is or holds. Raises CrdtMergeError."""
+
+
+def find_file(path: Path, wanted: Set[bytes]) -> Mapping[bytes, Path | Kept]:
+    """The file itself, if it is wanted."""
+    found = file_digest(path, "the input") if path.is_file() else b""
+    return {found: path} if found in wanted else {}
+
+
+class Places(NamedTuple):
+    """Where contents, other files and the plan may be."""
+
+    contents: Sequence[Path]
+    files: Sequence[Path]
+    plans: Sequence[Path]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a merge was made of, found again, under the ids and digests of the receipt."""
+
+    contents: Mapping[bytes, Source]
+    statistics: Mapping[bytes, Path | Kept]
+    inputs: Mapping[str, Any]
+    plan: Plan | None
+
+
 def verify(
     out: Path,
     against: Sequence[Path] = (),
@@ -69,15 +101,17 @@ def verify(
     device: str = "cpu",
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
     opener: Opener = open_checkpoint,
+    finder: Finder = find_file,
 ) -> Verdict:
     """Merge again and compare. ``against`` names where the inputs are, in any order, instead of ``inputs.json``."""
     receipt: Receipt | None = None
     try:
         receipt = _receipt(out)
-        _check_version(receipt)
+        _check_version(receipt, device)
         with ExitStack() as opened:
-            sources = _found(receipt, against or _hinted(out), threads, opener, opened)
-            _merge_again(out, receipt, sources, Options(threads, device, rehash=True, progress=progress))
+            places = Places(against, against, against) if against else _hinted(out)
+            found = _find(receipt, places, threads, opener, finder, opened)
+            _merge_again(out, receipt, found, Options(threads, device, rehash=True, progress=progress))
     except DifferentError as found:
         return Verdict("different", str(found), receipt)
     except UnknownError as found:
@@ -129,18 +163,21 @@ def _bounded(path: Path) -> bytes | None:
     return read_small(path.parent, path.name, limits.RECEIPT_BYTES_MAX) if os.path.lexists(path) else None
 
 
-def _check_version(receipt: Receipt) -> None:
+def _check_version(receipt: Receipt, device: str) -> None:
     recipe = receipt.recipe
     strategy = registry.get(recipe.strategy)
     if strategy.version != recipe.version:
         raise UnknownError(
             f"it was made by version {recipe.version} of {recipe.strategy}; this is version {strategy.version}"
         )
-    if not receipt.exact:
-        raise UnknownError("it is of class P: only the build that made it can repeat it")
+    if not receipt.exact and receipt.build != build_here(device):
+        raise UnknownError(
+            f"it is of class P, which only the build that made it can repeat: {receipt.build}. This is "
+            f"{build_here(device)}"
+        )
 
 
-def _hinted(out: Path) -> list[Path]:
+def _hinted(out: Path) -> Places:
     path = _beside(out, "inputs.json")
     data = _bounded(path)
     if data is None:
@@ -148,18 +185,90 @@ def _hinted(out: Path) -> list[Path]:
     try:
         hints: Mapping[str, Any] = json.loads(data)
         rows = [*hints["contributions"], *([hints["base"]] if hints["base"] else [])]
-        return [Path(row["path"]) for row in rows if row["path"] is not None]
-    except (ValueError, KeyError, TypeError, RecursionError) as fault:
+        inputs = dict(hints.get("inputs", {}))
+        plans = _paths([inputs.pop(PLAN, None)])
+        files = [path for held in hints.get("stats", {}).values() for path in held.values()]
+        return Places(
+            _paths([*(row["path"] for row in rows), *inputs.values()]), _paths([*files, *inputs.values()]), plans
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as fault:
         raise DifferentError(f"{path}: not a list of inputs ({type(fault).__name__}: {fault})") from None
 
 
-def _found(
-    receipt: Receipt, paths: Sequence[Path], threads: int | None, opener: Opener, opened: ExitStack
-) -> dict[bytes, Source]:
-    """Each input's content, hashed anew when it is merged. Raises UnknownError if one is not there."""
-    wanted = {content for content, _ in receipt.contributions} | (
-        {receipt.recipe.base} if receipt.recipe.base else set()
+def _paths(said: Sequence[Any]) -> list[Path]:
+    return [Path(path) for path in said if path is not None]
+
+
+def _find(
+    receipt: Receipt,
+    places: Places,
+    threads: int | None,
+    opener: Opener,
+    finder: Finder,
+    opened: ExitStack,
+) -> _Found:
+    """Everything that was read, hashed anew when it is merged. Raises UnknownError for what is not there."""
+    recipe = receipt.recipe
+    _, _, needs = needs_of(recipe)
+    models = {name: recipe.inputs[name] for name in needs.models if name in recipe.inputs}
+    ids = {content for content, _ in receipt.contributions} | ({recipe.base} if recipe.base else set())
+    contents = _find_contents(ids | {*models.values()}, places.contents, threads, opener, opened)
+    named = {
+        claim.stats[name]: f"the {name} of {content.hex()[:16]}"
+        for content, claim in receipt.contributions
+        for name in needs.stats
+        if name in claim.stats
+    }
+    unplanned = needs.inputs if PLAN not in recipe.inputs else ()  # a plan does without what it was made from
+    files = {name: recipe.inputs[name] for name in unplanned if name in recipe.inputs}
+    found = _find_files({digest: f"the input '{name}'" for name, digest in files.items()}, places.files, find_file)
+    inputs = {name: contents[content] for name, content in models.items()}
+    return _Found(
+        contents,
+        _find_files(named, places.files, finder),
+        inputs | {name: found[digest] for name, digest in files.items()},
+        _find_plan(recipe.inputs.get(PLAN), places.plans),
     )
+
+
+def _find_files(wanted: Mapping[bytes, str], paths: Sequence[Path], finder: Finder) -> dict[bytes, Path | Kept]:
+    found: dict[bytes, Path | Kept] = {}
+    faults = []
+    for path in dict.fromkeys(paths):
+        if found.keys() >= wanted.keys():
+            break
+        try:
+            found.update(finder(path, wanted.keys() - found.keys()))
+        except CrdtMergeError as fault:
+            faults.append(str(fault))
+    missing = sorted(wanted.keys() - found.keys())
+    if missing:
+        raise UnknownError(f"{wanted[missing[0]]}, {missing[0].hex()[:16]}, is missing: {_sought(paths, faults)}")
+    return found
+
+
+def _find_plan(wanted: bytes | None, paths: Sequence[Path]) -> Plan | None:
+    if wanted is None:
+        return None
+    faults = []
+    for path in dict.fromkeys(paths):
+        try:
+            plan, _ = plan_file.read(path) if path.is_file() else (None, b"")
+            if plan is not None and plan.digest == wanted:
+                return plan
+        except CrdtMergeError as fault:
+            faults.append(str(fault))
+    raise UnknownError(f"the plan {wanted.hex()[:16]} is missing: {_sought(paths, faults)}")
+
+
+def _sought(paths: Sequence[Path], faults: Sequence[str]) -> str:
+    where = f"none of {', '.join(map(str, paths))} holds it any more" if paths else "no path of it is known"
+    return "; ".join(faults) or where
+
+
+def _find_contents(
+    wanted: Set[bytes], paths: Sequence[Path], threads: int | None, opener: Opener, opened: ExitStack
+) -> dict[bytes, Source]:
     found: dict[bytes, Source] = {}
     faults = []
     with Workers(threads) as workers:
@@ -172,17 +281,20 @@ def _found(
                 faults.append(str(fault))
     missing = sorted(wanted - found.keys())
     if missing:
-        where = f"none of {', '.join(map(str, paths))} holds it any more" if paths else "no path of it is known"
-        seen = "; ".join(faults) or where
-        raise UnknownError(f"the input {missing[0].hex()[:16]} is missing: {seen}")
+        raise UnknownError(f"the input {missing[0].hex()[:16]} is missing: {_sought(paths, faults)}")
     return {content: found[content] for content in wanted}
 
 
-def _merge_again(out: Path, receipt: Receipt, sources: Mapping[bytes, Source], options: Options) -> None:
+def _merge_again(out: Path, receipt: Receipt, found: _Found, options: Options) -> None:
+    recipe, sources = receipt.recipe, found.contents
     models: list[tuple[Source, Claim]] = [(sources[content], claim) for content, claim in receipt.contributions]
-    recipe = receipt.recipe
     base = sources[recipe.base] if recipe.base else None
-    with Merge(models, _as_asked(recipe), base, options) as one:
+    stats = [
+        {name: found.statistics[digest] for name, digest in claim.stats.items() if digest in found.statistics}
+        for _, claim in receipt.contributions
+    ]
+    given = Beside(stats, found.inputs, found.plan)
+    with Merge(models, _as_asked(recipe), base, options, given) as one:
         layout = one.layout(None if is_folder(out) else out.name)
         with _comparing(out, layout) as sink:
             again = one.run(sink, folder=is_folder(out))

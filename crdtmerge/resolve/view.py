@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,11 @@ from crdtmerge.numerics.workers import Workers
 from crdtmerge.resolve.blocks import Reader, Rows, Span, compute_dtype, quiet_torch, spans, unit
 from crdtmerge.resolve.cutting import Cutter, Group
 from crdtmerge.resolve.fit import Merging
-from crdtmerge.strategies.protocol import Meta, Unit
+from crdtmerge.resolve.inner import NOTHING_RUNS, Inside, Programs, Running
+from crdtmerge.strategies.protocol import Inner, Meta, Plan, Ran, Rng, Unit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Scanned = TypeVar("Scanned")
 
@@ -37,12 +41,14 @@ class TensorView:
         device: str = "cpu",
         canonical_nan: bool = False,
         files: Mapping[str, Path] | None = None,
+        models: Running = NOTHING_RUNS,
     ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.names = sorted(self._tensors)
         self._workers, self._stretch, self._kernels = workers, stretch, kernels
-        self._compute, self._device, self._canonical_nan = compute, device, canonical_nan
+        self._compute, self.device, self._canonical_nan = compute, device, canonical_nan
         self._reader, self._files = Reader(), files or {}
+        self._programs = Programs(list(tensors), self, models, files or {})
 
     def meta(self, name: str) -> tuple[Meta, ...]:
         """The contributions that have a tensor, in canonical order."""
@@ -73,8 +79,47 @@ class TensorView:
         """Where a file lies that the recipe names."""
         return self._files[name]
 
+    def run(
+        self,
+        job: str,
+        params: Mapping[str, Any],
+        groups: Callable[[Unit], Mapping[str, Tensor]],
+        rng: Rng,
+        models: Mapping[str, Inner] | None = None,
+    ) -> Ran:
+        """Run a job on the inputs ``program`` and ``data``, in a process of its own."""
+        return self._programs.run(job, params, groups, rng, models or {})
+
+    def planned(self, inner: Inner, rng: Rng) -> Plan:
+        """The plan of a merge inside this one."""
+        return self._programs.inside(inner, rng).plan
+
+    def score(self, metric: str, inner: Inner, rng: Rng, done: tuple[int, int]) -> float:
+        """How good an inner merge is."""
+        return self._programs.score(metric, inner, rng, done)
+
+    def merged(self, one: Inside) -> dict[str, Tensor]:
+        """The tensors of a merge inside the plan."""
+        return one.merged(self._workers, self._kernels, self._stretch)
+
+    def over(self, tensors: Sequence[Merging], compute: str) -> TensorView:
+        """The same view over other tensors, in another arithmetic, without programs."""
+        return TensorView(
+            tensors,
+            self._workers,
+            stretch=self._stretch,
+            kernels=self._kernels,
+            compute=compute,
+            device=self.device,
+            canonical_nan=self._canonical_nan,
+        )
+
+    def close(self) -> None:
+        """End the process that ran programs, if there is one."""
+        self._programs.close()
+
     def _unit(self, rows: Rows, dtype: DType) -> Unit:
-        return unit(rows, dtype, self._device, self._canonical_nan)
+        return unit(rows, dtype, self.device, self._canonical_nan)
 
     def _spans(self, names: Sequence[str]) -> Iterator[Span]:
         for name in names:

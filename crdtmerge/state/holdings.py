@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.op import Op
 from crdtmerge.resolve.gather import known
 from crdtmerge.resolve.sources import FileSource, MemorySource, Progress
+from crdtmerge.resolve.statistic import Kept, kept_bytes
 from crdtmerge.store import bundle
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.checkpoint import Checkpoint
@@ -69,6 +70,11 @@ class Holdings:
         """The same with one manifest."""
         return replace(self, manifests={content: self.manifests[content]})
 
+    def statistics(self, stats: Mapping[str, bytes]) -> dict[str, Kept]:
+        """The statistics of a contribution that are here."""
+        here = {name: digest for name, digest in stats.items() if digest in self.files}
+        return {name: Kept.in_memory(digest, self.files[digest]) for name, digest in here.items()}
+
     def only(self, contents: Iterable[bytes], files: Iterable[bytes]) -> Holdings:
         """Without the tensors of other contents and other files."""
         wanted = {
@@ -81,6 +87,7 @@ class Holdings:
 
 STATE_ANYWAY = "or leave the tensor out: only a recipe with exclude or allow_nonfinite takes it."
 EMPTY = Holdings({}, {}, {})
+NONE: Mapping[str, Any] = {}
 
 
 class HeldSource:
@@ -149,15 +156,19 @@ def _refuse_changed(entries: Mapping[str, Entry], name: str, held: Held, where: 
 
 
 class Taken(NamedTuple):
-    """A model that nobody can change any more."""
+    """A model that nobody can change any more, its files by name, and the statistics that came with it."""
 
     manifest: Manifest
     holdings: Holdings
     files: dict[str, bytes]
+    stats: dict[str, bytes]
 
 
-def taken(model: object, label: str, recipe: Recipe) -> Taken:
-    """A model that nobody can change any more: copied, or a path with digests. Raises InputError, UsageError."""
+def taken(model: object, label: str, recipe: Recipe, stats: Mapping[str, Any] = NONE) -> Taken:
+    """A model that nobody can change any more: copied, or a path with digests; its statistics are copied.
+
+    Raises InputError, MismatchError, UsageError.
+    """
     source: FileSource | MemorySource
     if isinstance(model, str | Path):
         source = FileSource(model)
@@ -183,9 +194,18 @@ def taken(model: object, label: str, recipe: Recipe) -> Taken:
         )
         for name, entry in source.entries.items()
     }
-    digests = {name: hashlib.sha256(data).digest() for name, data in carried.items()}
-    files = {digests[name]: data for name, data in carried.items()}
-    return Taken(one.manifest, Holdings(tensors, {one.id: one.manifest}, files), digests)
+    allowed = recipe.allow_nonfinite
+    held = {
+        name: kept_bytes(value, f"the {name} of {label}", source.entries, allow_nonfinite=allowed)
+        for name, value in stats.items()
+    }
+    files, named = _digests(carried), _digests(held)
+    together = {files[name]: data for name, data in carried.items()} | {named[name]: held[name] for name in held}
+    return Taken(one.manifest, Holdings(tensors, {one.id: one.manifest}, together), files, named)
+
+
+def _digests(files: Mapping[str, bytes]) -> dict[str, bytes]:
+    return {name: hashlib.sha256(data).digest() for name, data in files.items()}
 
 
 def to_bytes(genesis: Genesis, ops: tuple[Op, ...], holdings: Holdings) -> bytes:

@@ -22,7 +22,8 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 from crdtmerge import limits
 from crdtmerge.errors import BundleError, InputError, MismatchError, UsageError
@@ -36,9 +37,11 @@ from crdtmerge.replica.op import INCARNATION_BYTES, Add, Op, Payload, Remove, Re
 from crdtmerge.replica.opset import Hidden, OpSet
 from crdtmerge.replica.tables import MemoryTables
 from crdtmerge.resolve.asking import completed, refuse_version, said_role, said_stats, said_text, said_weight
+from crdtmerge.resolve.beside import Beside
 from crdtmerge.resolve.merge import Merged, into_memory
 from crdtmerge.resolve.merging import Options
 from crdtmerge.state.holdings import EMPTY, HeldSource, Holdings, Taken, from_bytes, taken, to_bytes
+from crdtmerge.strategies.protocol import Plan
 
 
 class Delta:
@@ -154,21 +157,25 @@ class MergeState:
         weight: object = None,
         role: str | None = None,
         task: str | None = None,
-        stats: Mapping[str, bytes] | None = None,
+        stats: Mapping[str, Any] | None = None,
         note: str | None = None,
     ) -> Self:
         """With a model: a path to a checkpoint, or a state dict of torch tensors or numpy arrays.
 
-        What is left out is unsaid: adding a content again without a weight leaves its weight as it is.
+        What is left out is unsaid: adding a content again without a weight leaves its weight as it is. ``stats`` are
+        statistics by name: files or mappings of names to arrays, which are copied, or digests of 32 bytes of files that
+        are announced only.
 
         Raises:
             InputError: the model cannot be read or holds NaN. MismatchError: it does not fit the others.
             UsageError: a weight that is no number, an unknown role.
         """
-        one = taken(model, "the model", self._genesis.recipe)
+        announced, held = said_stats(stats)
+        one = taken(model, "the model", self._genesis.recipe, held)
         _check_fits(one.manifest, _architectures(self._holdings.manifests.values()), self._genesis.recipe, "the model")
         task, note = said_text("task", task, limits.NAME_BYTES_MAX), said_text("note", note, limits.NOTE_BYTES_MAX)
-        says = Says(said_weight(weight), said_role(role), task, said_stats(stats), one.files or None, note)
+        said = {**announced, **one.stats}
+        says = Says(said_weight(weight), said_role(role), task, said, one.files or None, note)
         return self._signed(Add(one.manifest.id, says), one.holdings)
 
     def remove(self, content: bytes | str, reason: str | None = None) -> Self:
@@ -234,9 +241,8 @@ class MergeState:
         ops = tuple(self._set.delta(heads))
         added = {op.payload.content for op in ops if isinstance(op.payload, Add)}
         manifests = {content: self._holdings.manifests[content] for content in added}
-        files = {
-            digest for op in ops if isinstance(op.payload, Add) for digest in (op.payload.says.files or {}).values()
-        }
+        says = [op.payload.says for op in ops if isinstance(op.payload, Add)]
+        files = {digest for one in says for digest in (*(one.files or {}).values(), *one.stats.values())}
         return Delta(self._genesis, ops, replace(self._holdings.only(added, files), manifests=manifests))
 
     def renewed(self) -> MergeState:
@@ -277,17 +283,27 @@ class MergeState:
 
     # ---- merging it
 
-    def resolve(self, *, threads: int | None = None, device: str = "cpu") -> Merged:
-        """Merge the visible set by the recipe: the same bytes for equal sets, on any machine.
+    def resolve(
+        self,
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        plan: Plan | str | Path | None = None,
+        threads: int | None = None,
+        device: str = "cpu",
+    ) -> Merged:
+        """Merge the visible set by the recipe: the same bytes for equal sets, inputs and plans, on any machine.
 
-        Returns a mapping of names to torch tensors, with ``receipt`` and ``save(path)``. Raises what
-        ``crdtmerge.merge`` raises, and ChangedError where a file changed since it was added.
+        ``inputs`` are what else the strategy reads, by name; ``plan`` was made for this very merge. Returns a mapping
+        of names to torch tensors, with ``receipt`` and ``save(path)``. Raises what ``crdtmerge.merge`` raises, and
+        ChangedError where a file changed since it was added.
         """
         refuse_version(self.recipe)
         models = [(self._source(one.id, one.files), one.claim) for one in self.visible]
         base = None if self._base is None else self._source(self._base.id, self._genesis.files)
         from_files = any(held.raw is None for held in self._holdings.tensors.values())
-        return into_memory(models, self.recipe, base, Options(threads=threads, device=device, rehash=from_files))
+        options = Options(threads=threads, device=device, rehash=from_files)
+        stats = [self._holdings.statistics(one.claim.stats) for one in self.visible]
+        return into_memory(models, self.recipe, base, options, Beside(stats, inputs or {}, plan))
 
     def _source(self, content: bytes, files: Mapping[str, bytes]) -> HeldSource:
         manifest = self._holdings.manifests[content]

@@ -7,27 +7,16 @@ With tau_i = theta_i - theta_0 in the compute dtype, each is sparsify, then elec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from decimal import Decimal
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from pydantic import Field
 
 from crdtmerge.errors import ParameterError
-from crdtmerge.numerics import philox
-from crdtmerge.numerics.programs import Consensus, Program
-from crdtmerge.numerics.scalars import nearest
-from crdtmerge.strategies import stages
-from crdtmerge.strategies.parameters import Number, Share, WithLambda
-from crdtmerge.strategies.protocol import EMPTY, Meta, Needs, Plan, Rng, Strategy, Unit, View
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def weights_of(meta: Sequence[Meta]) -> tuple[float, ...]:
-    """The claimed weights as floats."""
-    return tuple(nearest(m.weight) for m in meta)
+from crdtmerge.strategies.parameters import Share, WithLambda
+from crdtmerge.strategies.protocol import EMPTY, Plan, Rng, View
+from crdtmerge.strategies.stages import Chain, Composition
 
 
 class TiesParameters(WithLambda):
@@ -39,7 +28,7 @@ class TiesParameters(WithLambda):
     combine: Literal["mean", "sum", "max"] = Field("mean", description="how values of the elected sign become one")
 
 
-class Ties(Strategy[TiesParameters]):
+class Ties(Composition[TiesParameters]):
     """TIES: trim, elect sign, disjoint merge.
 
         tau_i  <- the floor(density n) largest |tau_i|, exactly (at least one; ties by lowest position), else 0
@@ -56,8 +45,8 @@ class Ties(Strategy[TiesParameters]):
     reference = "Yadav et al., NeurIPS 2023, arXiv:2306.01708"
     Params = TiesParameters
 
-    def needs(self, p: TiesParameters) -> Needs:
-        return Needs(base="required", plan="scan" if p.density < 1 else "none")
+    def chain(self, p: TiesParameters) -> Chain:
+        return Chain("magnitude", p.elect, p.combine, p.lambda_, p.density, whole_model=p.scope == "model")
 
     def plan(self, view: View, p: Callable[[str], TiesParameters], rng: Rng) -> Plan:
         asked = {(p(name).scope, p(name).density) for name in view.names}
@@ -71,32 +60,12 @@ class Ties(Strategy[TiesParameters]):
             return EMPTY
         return Plan({"cuts": view.cuts(lambda name: p(name).density, whole_model="model" in scopes)})
 
-    def apply(self, u: Unit, plan: Plan, p: TiesParameters, rng: Rng) -> Tensor:
-        taus = u.task_vectors()
-        if p.density < 1:
-            taus = [stages.trim(tau, cut, u.start) for tau, cut in zip(taus, plan["cuts"][u.name], strict=True)]
-        taus = stages.weighted(taus, u.weights())
-        gamma = stages.elect(taus, p.elect)
-        m = stages.combine(taus, u.weights(), stages.agreeing(taus, gamma), p.combine)
-        assert u.base is not None
-        return u.base + m * u.scalar(p.lambda_)
-
-    def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: TiesParameters, rng: Rng) -> Program:
-        cuts = tuple(plan["cuts"][name]) if p.density < 1 else ()
-        return Consensus(weights_of(meta), cuts, elect=p.elect, combine=p.combine, scale=nearest(p.lambda_))
-
 
 class Dropping(WithLambda):
     """Parameters of strategies that drop elements at random."""
 
     density: Share = Field(Decimal("0.1"), description="probability with which an element is kept (drop = 1 - density)")
     rescale: bool = Field(True, description="divide what is kept by the density, so that its mean is the task vector")
-
-    @property
-    def factor(self) -> float:
-        """What kept elements are multiplied by: the float nearest to 1 / density."""
-        top, bottom = self.density.as_integer_ratio()
-        return bottom / top if self.rescale else 1.0
 
 
 class DareParameters(Dropping):
@@ -105,7 +74,7 @@ class DareParameters(Dropping):
     combine: Literal["sum", "mean"] = Field("sum", description="task arithmetic, or the weighted mean of task vectors")
 
 
-class Dare(Strategy[DareParameters]):
+class Dare(Composition[DareParameters]):
     """DARE: drop and rescale, then task arithmetic.
 
         m_i   ~  Bernoulli(density), elementwise, from the stream of (seed, contribution, tensor)
@@ -121,18 +90,8 @@ class Dare(Strategy[DareParameters]):
     reference = "Yu et al., ICML 2024, arXiv:2311.03099"
     Params = DareParameters
 
-    def needs(self, p: DareParameters) -> Needs:
-        return Needs(base="required", weights="any" if p.combine == "sum" else "nonnegative")
-
-    def apply(self, u: Unit, plan: Plan, p: DareParameters, rng: Rng) -> Tensor:
-        taus = dropped(u, p.density, u.scalar(p.factor), rng)
-        taus = stages.weighted(taus, u.weights())
-        m = stages.combine(taus, u.weights(), stages.everything(taus), p.combine)
-        assert u.base is not None
-        return u.base + m * u.scalar(p.lambda_)
-
-    def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: DareParameters, rng: Rng) -> Program:
-        return dropping(streams(name, meta, rng), meta, p, elect="none", combine=p.combine)
+    def chain(self, p: DareParameters) -> Chain:
+        return Chain("bernoulli", "none", p.combine, p.lambda_, p.density, rescale=p.rescale)
 
 
 class DareTiesParameters(Dropping):
@@ -142,7 +101,7 @@ class DareTiesParameters(Dropping):
     combine: Literal["mean", "sum", "max"] = Field("mean", description="how values of the elected sign become one")
 
 
-class DareTies(Strategy[DareTiesParameters]):
+class DareTies(Composition[DareTiesParameters]):
     """DARE, then the sign election and disjoint mean of TIES, without its trimming.
 
         tau_i <- m_i tau_i / density,  m_i ~ Bernoulli(density)
@@ -158,22 +117,11 @@ class DareTies(Strategy[DareTiesParameters]):
     reference = "Yu et al., ICML 2024, arXiv:2311.03099, section 4, with Yadav et al., arXiv:2306.01708"
     Params = DareTiesParameters
 
-    def needs(self, p: DareTiesParameters) -> Needs:
-        return Needs(base="required")
-
-    def apply(self, u: Unit, plan: Plan, p: DareTiesParameters, rng: Rng) -> Tensor:
-        taus = dropped(u, p.density, u.scalar(p.factor), rng)
-        taus = stages.weighted(taus, u.weights())
-        gamma = stages.elect(taus, p.elect)
-        m = stages.combine(taus, u.weights(), stages.agreeing(taus, gamma), p.combine)
-        assert u.base is not None
-        return u.base + m * u.scalar(p.lambda_)
-
-    def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: DareTiesParameters, rng: Rng) -> Program:
-        return dropping(streams(name, meta, rng), meta, p, elect=p.elect, combine=p.combine)
+    def chain(self, p: DareTiesParameters) -> Chain:
+        return Chain("bernoulli", p.elect, p.combine, p.lambda_, p.density, rescale=p.rescale)
 
 
-class MagMax(Strategy[WithLambda]):
+class MagMax(Composition[WithLambda]):
     """MagMax: of all task vectors the element of largest magnitude: theta_0 + lambda tau_(argmax_i |w_i tau_i|).
 
     Of two equal magnitudes the positive wins, so no order of contributions enters. The one strategy here that is a
@@ -186,45 +134,8 @@ class MagMax(Strategy[WithLambda]):
     reference = "Marczak et al., ECCV 2024, arXiv:2407.06322"
     Params = WithLambda
 
-    def needs(self, p: WithLambda) -> Needs:
-        return Needs(base="required", weights="any")
-
-    def apply(self, u: Unit, plan: Plan, p: WithLambda, rng: Rng) -> Tensor:
-        taus = stages.weighted(u.task_vectors(), u.weights())
-        m = stages.combine(taus, u.weights(), stages.everything(taus), "max")
-        assert u.base is not None
-        return u.base + m * u.scalar(p.lambda_)
-
-    def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: WithLambda, rng: Rng) -> Program:
-        return Consensus(weights_of(meta), elect="none", combine="max", scale=nearest(p.lambda_))
-
-
-def dropped(u: Unit, density: Number, factor: float, rng: Rng) -> list[Tensor]:
-    """The task vectors of a unit, each with its own mask."""
-    masks = streams(u.name, u.meta, rng)
-    return [
-        stages.drop(tau, stream, density, u.start, factor) for tau, stream in zip(u.task_vectors(), masks, strict=True)
-    ]
-
-
-def dropping(
-    masks: tuple[philox.Stream, ...], meta: Sequence[Meta], p: Dropping, *, elect: str, combine: str
-) -> Consensus:
-    """The program of a strategy that drops elements at random."""
-    return Consensus(
-        weights_of(meta),
-        streams=masks,
-        keep_below=philox.keep_below(p.density),
-        rescale=p.factor,
-        elect=elect,
-        combine=combine,
-        scale=nearest(p.lambda_),
-    )
-
-
-def streams(tensor: str, meta: Sequence[Meta], rng: Rng) -> tuple[philox.Stream, ...]:
-    """The random stream of each contribution for dropping elements of one tensor."""
-    return tuple(rng.stream("drop", m.id, tensor) for m in meta)
+    def chain(self, p: WithLambda) -> Chain:
+        return Chain("none", "none", "max", p.lambda_)
 
 
 STRATEGIES = (Ties, Dare, DareTies, MagMax)

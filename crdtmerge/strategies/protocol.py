@@ -145,6 +145,24 @@ def _without_floats(value: Any) -> Any:
 EMPTY = Plan()
 
 
+class Inner(NamedTuple):
+    """A merge inside a plan: a strategy with its parameters, and weights of its own for the contributions.
+
+    ``weights`` maps tensors to one weight for each of their contributions; None leaves those that are claimed.
+    """
+
+    strategy: str
+    params: Mapping[str, Any]
+    weights: Mapping[str, tuple[Decimal, ...]] | None = None
+
+
+class Ran(NamedTuple):
+    """What a job found that ran a program: JSON values, and tensors by name."""
+
+    values: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+
+
 class View(Protocol):
     """The whole input of a merge, read-only and lazy: names of float tensors in canonical (sorted) order."""
 
@@ -182,6 +200,32 @@ class View(Protocol):
 
     def input(self, name: str) -> Path:
         """Where a file lies that the recipe names; its digest was checked."""
+        ...
+
+    def run(
+        self,
+        job: str,
+        params: Mapping[str, Any],
+        groups: Callable[[Unit], Mapping[str, Tensor]],
+        rng: Rng,
+        models: Mapping[str, Inner] | None = None,
+    ) -> Ran:
+        """Run a job of ``programs`` on the inputs ``program`` and ``data``, in a process of its own.
+
+        ``groups`` makes of each whole tensor what each group of the job's tensors holds under its name. ``models``
+        are groups that are merged models.
+        """
+        ...
+
+    def planned(self, inner: Inner, rng: Rng) -> Plan:
+        """The plan of a merge inside this one, over the same tensors."""
+        ...
+
+    def score(self, metric: str, inner: Inner, rng: Rng, done: tuple[int, int]) -> float:
+        """How good an inner merge is on the inputs ``program`` and ``data``; NaN where the model gives NaN.
+
+        ``done`` is how many of how many are scored, for those who wait.
+        """
         ...
 
 

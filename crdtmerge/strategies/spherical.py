@@ -118,15 +118,17 @@ def arc(name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: SlerpPara
             return slerp(cosine[0][1], a[0], a[1], near)
         if p.reduce == "fold":
             return folded(gram, [nearest(m.weight) for m in meta], nearest(p.epsilon), near)
-        return karcher(cosine, norms, a)
-    except _OppositeError as opposite:
+        return karcher(cosine, norms, a, left_sum(a[i] * norms[i] for i in range(len(a))))
+    except OppositeError as opposite:
         raise MismatchError(
             f"tensor {name!a}: slerp has no shortest arc between opposite directions (cosine {opposite.cosine:.6f}). "
             f"Leave the tensor out with --exclude, or merge with --strategy linear."
         ) from None
 
 
-class _OppositeError(Exception):
+class OppositeError(Exception):
+    """Directions between which no arc is the shortest, and their cosine."""
+
     def __init__(self, cosine: float) -> None:
         self.cosine = cosine
 
@@ -134,17 +136,26 @@ class _OppositeError(Exception):
 def slerp(cosine: float, a: float, b: float, near: float) -> list[float]:
     """Coefficients for two vectors with shares a and b = 1 - a: sin(a W) / sin W and sin(b W) / sin W."""
     if cosine < OPPOSITE:
-        raise _OppositeError(cosine)
+        raise OppositeError(cosine)
     if cosine >= near:
         return [a, b]
     w = acos(cosine)
     return [sin(a * w) / sin(w), sin(b * w) / sin(w)]
 
 
-def karcher(cosine: list[list[float]], norms: list[float], a: list[float]) -> list[float]:
-    """Coefficients of the weighted Karcher mean, by the fixed point m <- exp_m(sum_i a_i log_m(u_i)).
+def karcher(
+    cosine: list[list[float]],
+    norms: list[float],
+    a: list[float],
+    radius: float,
+    *,
+    steps: int = KARCHER_STEPS_MAX,
+    tolerance: float = KARCHER_TOLERANCE,
+) -> list[float]:
+    """Coefficients of the weighted Karcher mean times a radius: the fixed point m <- exp_m(sum_i a_i log_m(u_i)).
 
-    All vectors are held as coefficients of the unit vectors u_i, whose dot products are ``cosine``.
+    All vectors are held as coefficients of the unit vectors u_i, whose dot products are ``cosine``. It ends after
+    ``steps``, or at a step that is shorter than ``tolerance``.
     """
     k = range(len(a))
 
@@ -156,22 +167,21 @@ def karcher(cosine: list[list[float]], norms: list[float], a: list[float]) -> li
 
     size = math.sqrt(max(dot(a, a), 0.0))
     if size < SHORTEST_MEAN:
-        raise _OppositeError(min(cosine[i][j] for i in k for j in k))
+        raise OppositeError(min(cosine[i][j] for i in k for j in k))
     m = scaled(a, 1.0 / size)
-    for _ in range(KARCHER_STEPS_MAX):
+    for _ in range(steps):
         p = [max(-1.0, min(1.0, dot(m, [1.0 if i == j else 0.0 for j in k]))) for i in k]
         if min(p) < OPPOSITE:
-            raise _OppositeError(min(p))
+            raise OppositeError(min(p))
         angles = [acos(v) for v in p]
         pull = [a[i] * (angles[i] / sin(angles[i]) if p[i] < 1.0 else 1.0) for i in k]
         along = left_sum(pull[i] * p[i] for i in k)
         step = [pull[i] - along * m[i] for i in k]
         length = math.sqrt(max(dot(step, step), 0.0))
-        if length < KARCHER_TOLERANCE:
+        if length < tolerance:
             break
         m = [cos(length) * m[i] + sin(length) / length * step[i] for i in k]
         m = scaled(m, 1.0 / math.sqrt(dot(m, m)))
-    radius = left_sum(a[i] * norms[i] for i in k)
     return [radius * m[i] / norms[i] for i in k]
 
 

@@ -81,6 +81,8 @@ def _raw(where: str, tensor: Any) -> tuple[NDArray[np.uint8], DType]:
     dtype = BY_TORCH_NAME.get(str(tensor.dtype).removeprefix("torch."))
     if dtype is None or dtype.kind == "packed":
         raise InputError(f"{where} has dtype {tensor.dtype}, which cannot be merged.")
+    if not tensor.numel():
+        return np.empty(0, np.uint8), dtype
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     raw: NDArray[np.uint8] = flat.view(torch.uint8).numpy()
     return raw, dtype

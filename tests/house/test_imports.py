@@ -19,6 +19,7 @@ ROOMS = (
     ("numerics",),
     ("strategies",),
     ("weights",),
+    ("programs",),
     ("replica",),
     ("resolve",),
     ("store",),

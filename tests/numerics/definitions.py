@@ -1,4 +1,4 @@
-"""The known answers of the fused kernels, computed by the definitions in torch.
+"""The known answers of the fused kernels, computed by the definitions in torch and numpy.
 
 ``python -m tests.numerics.definitions`` prints the table for ``crdtmerge/numerics/answers.py``.
 Nothing here calls a kernel.
@@ -11,11 +11,13 @@ from decimal import Decimal
 from itertools import product
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from crdtmerge.numerics import reduction, selection
+from crdtmerge.numerics import answers, reduction, selection
 from crdtmerge.numerics.answers import Sample, sample
+from crdtmerge.numerics.decompositions import defined_qr, defined_rotations
 from crdtmerge.numerics.dtypes import DTYPES, FLOATS
 from crdtmerge.numerics.programs import Affine, Consensus
 from crdtmerge.numerics.rounding import round_to
@@ -61,6 +63,11 @@ def consensus(program: Consensus, xs: list[torch.Tensor], base: torch.Tensor, st
     return base + stages.combine(taus, weights, selected, program.combine) * scalar(program.scale)
 
 
+def decompositions() -> list[NDArray[Any]]:
+    q, r, order = defined_qr(answers.dense())
+    return [q, r, np.array(order), *defined_rotations(answers.dense(), answers.TURNED_BY)]
+
+
 def stored_bytes(result: torch.Tensor | NDArray[Any]) -> bytes:
     if isinstance(result, torch.Tensor):
         result = result.contiguous().view(torch.uint8).numpy()
@@ -68,6 +75,8 @@ def stored_bytes(result: torch.Tensor | NDArray[Any]) -> bytes:
 
 
 def answer(kind: str, dtype: str, out: str) -> str:
+    if kind == "decompositions":
+        return hashlib.sha256(b"".join(map(stored_bytes, decompositions()))).hexdigest()[:16]
     tried = sample(dtype)
     xs, base = tensors(tried, dtype, own_compute(dtype))
     wide_xs, wide_base = tensors(tried, dtype, "F64")
@@ -89,7 +98,7 @@ def answer(kind: str, dtype: str, out: str) -> str:
 
 def keys() -> list[tuple[str, str, str]]:
     programs = product(("affine", "consensus"), FLOATS, FLOATS)
-    return [*programs, *product(("gram", "count"), FLOATS, ("",))]
+    return [*programs, *product(("gram", "count"), FLOATS, ("",)), ("decompositions", "F64", "")]
 
 
 if __name__ == "__main__":

@@ -18,14 +18,23 @@ FILES = sorted(
 INTEGERS = "counts of elements: integer additions are exact in any order"
 FRACTIONS = "exact fractions of the weights"
 TOGETHER = "the names of objects of this process, never of what comes out"
+MAGNITUDES = "of magnitudes, which have no signed zeros: the order of bit patterns"
+LIBRARY = "class P, asked for by dense=lapack"
 
 ALLOWED = {
+    ("numerics/decompositions.py", "_tall_svd", "max"): MAGNITUDES,
+    ("numerics/decompositions.py", "eigh", "max"): MAGNITUDES,
+    ("numerics/decompositions.py", "_moderate", "max"): MAGNITUDES,
+    ("numerics/decompositions.py", "signs_of", "argmax"): "of magnitudes: the first of equal ones, as numpy promises",
+    ("numerics/elementary.py", "sqrt", "sqrt"): "numpy's is the processor's own: correctly rounded for float64",
     ("numerics/finite.py", "nonfinite", "max"): "the largest of integers",
     ("numerics/guard.py", "require_ieee", "**"): "powers of two in Python, to test the processor with",
     **{
         ("numerics/scalars.py", name, name): "this is where they are defined"
         for name in ["acos", "sin", "cos", "exp", "log"]
     },
+    ("numerics/products.py", "_exact", "matmul"): "integers below 2^53 at every step: exact in any order",
+    ("numerics/products.py", "_slices", "max"): MAGNITUDES,
     ("numerics/selection.py", "Search.narrow", "sum"): INTEGERS,
     ("numerics/selection.py", "Search._step", "cumsum"): INTEGERS,
     ("numerics/selection.py", "Search.found", "sum"): INTEGERS,
@@ -35,6 +44,9 @@ ALLOWED = {
     ("resolve/cutting.py", "Group.sample", "clip"): INTEGERS,
     ("resolve/cutting.py", "Cutter._conclude", "sum"): INTEGERS,
     ("strategies/consensus.py", "Ties.plan", "a set walked through"): "whether all are equal, and a set again",
+    ("strategies/dense.py", "largest", "max"): MAGNITUDES,
+    ("strategies/dense.py", "Lapack.product", "matmul"): LIBRARY,
+    ("strategies/dense.py", "Lapack.triplets", "svd"): LIBRARY,
     ("strategies/linear.py", "divisor_of", "sum"): FRACTIONS,
     ("strategies/spherical.py", "arc", "sum"): FRACTIONS,
     ("resolve/engine.py", "_entry", "id"): TOGETHER,

@@ -525,7 +525,7 @@ def test_an_id_that_nothing_has_is_said_so(tmp_path: Path) -> None:
 
 
 def test_digits_that_name_several_say_which(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from crdtmerge.pool import replica as module
+    from crdtmerge.pool import shown as module
 
     one, other = bytes.fromhex("ab" * 32), bytes.fromhex("abab" + "cd" * 30)
     with pytest.raises(UsageError, match=r"2 begin with abab: abababab, ababcdcd\. Give more digits"):

@@ -16,9 +16,9 @@ from pathlib import Path
 from crdtmerge.pool.replica import Replica
 from crdtmerge.recipe import Recipe
 from crdtmerge.state import MergeState
-from crdtmerge.strategies import registry
 from tests.resolve.models import state
 from tests.scenarios.worlds import output
+from tests.strategies.models import DEEP
 
 SHAPES = {"long": (3 * 65536 + 11,), "matrix": (64, 65), "one": (1,)}
 """More than three blocks, so that threads have something to share."""
@@ -29,7 +29,7 @@ TYPES = ("F32", "BF16")
 def main(threads: int) -> dict[str, list[str]]:
     """Digests of receipt and tensors, for each strategy and dtype."""
     found = {}
-    for name in registry.names():
+    for name in DEEP:
         for dtype in TYPES:
             base, *models = (state(who, dtype, SHAPES) for who in ("base", "a", "b", "c"))
             pool = MergeState(Recipe(name), base=base)

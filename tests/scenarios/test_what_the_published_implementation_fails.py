@@ -42,7 +42,7 @@ from crdtmerge.strategies.parameters import Filled
 from tests.resolve.models import save
 from tests.resolve.running import ROOT, environment
 from tests.scenarios.worlds import SHAPE, Folder, Node, Value, World, model, output, said
-from tests.strategies.models import ROWS, Row, family
+from tests.strategies.models import DEEP, ROWS, Row, family
 
 M, OTHER = model(1), model(2)
 
@@ -1015,7 +1015,7 @@ def test_15_neither_threads_nor_kernels_change_a_byte(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-4000:]
         found.append(json.loads(done.stdout))
     assert found[0] == found[1] == found[2]
-    assert {case.split()[0] for case in found[0]} == {*registry.names()}
+    assert {case.split()[0] for case in found[0]} == {*DEEP}
     assert all(value == folder for value, folder in found[0].values()), "a value and a folder give the same"
     assert len({value for value, _ in found[0].values()}) == len(found[0])
 
@@ -1027,7 +1027,7 @@ def _row(name: str) -> Row:
     return next(row for row in ROWS if row.strategy == name)
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", DEEP)
 def test_16_every_strategy_honours_the_weight_of_a_contribution(name: str, world: World) -> None:
     models, origin = family(3, "F32", number=1600)
     row, strategy = _row(name), registry.get(name)

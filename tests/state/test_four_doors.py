@@ -18,12 +18,11 @@ import torch
 
 import crdtmerge as cm
 from crdtmerge.recipe import Recipe
-from crdtmerge.strategies import registry
 from crdtmerge.weights.carried import CARRIED_NAMES
 from tests.resolve.models import save, save_folder, save_shards, state
 from tests.resolve.running import Ran, here, process
 from tests.state.test_laws_through_the_layers import uses_base
-from tests.strategies.models import EACH, ROWS, Row
+from tests.strategies.models import DEEP, EACH, ROWS, Row
 
 FILES = {
     who: {
@@ -277,7 +276,7 @@ def test_every_door_gives_the_same_files_where_tensors_are_missing(strategy: str
     assert {"scale", "blocks.0.bias"} <= {row.name for row in receipt.tensors}
 
 
-@pytest.mark.parametrize("strategy", registry.names())
+@pytest.mark.parametrize("strategy", DEEP)
 def test_every_door_gives_the_same_files_with_roles_and_tasks(strategy: str, tmp_path: Path) -> None:
     row = _sample(strategy)
     said = Asked(tmp_path, row, tasks=("math", "code", "math"), roles=("task",) * 3)

@@ -14,6 +14,7 @@ import blake3
 import msgpack
 import numpy as np
 import pytest
+import torch
 
 from crdtmerge import limits
 from crdtmerge.numerics.dtypes import DTYPES
@@ -22,6 +23,7 @@ from crdtmerge.weights import digests
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import digest_checkpoint, piece_digests, tensor_digest
 from crdtmerge.weights.facts import Facts
+from crdtmerge.weights.state_dict import StateDict
 from crdtmerge.weights.writer import Output, plan_output
 from tests.weights.small_checkpoints import Tensors, random_tensors, save
 
@@ -144,3 +146,8 @@ def test_saving_twice_in_two_processes_gives_the_same_bytes(tmp_path: Path) -> N
     assert len(set(printed)) == 1
     trees = [{path.name: path.read_bytes() for path in (tmp_path / seed).iterdir()} for seed in ("0", "1", "4242")]
     assert trees[0] == trees[1] == trees[2]
+
+
+@pytest.mark.parametrize("empty", [torch.empty(0, 3), torch.from_numpy(np.zeros(0)), torch.zeros(4, 0).T])
+def test_a_tensor_without_elements_in_memory_has_no_bytes_whatever_its_strides(empty: torch.Tensor) -> None:
+    assert StateDict({"w": empty}, "a").raw["w"].size == 0
