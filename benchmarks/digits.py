@@ -2,9 +2,9 @@
 
     python -m benchmarks.digits [--seeds N] [--json]        (``make demo-strategies``)
 
-Each fine-tune sees all images of some classes and a fiftieth of the others; a merge is measured on images of all classes
-that nobody trained on. Statistics, programs, batches and plans are those of the command line: each model's Fisher and
-Gram are computed on its own images, unlabelled batches and the searches' fitness on images of the training set.
+Each fine-tune sees all images of some classes and a fiftieth of the others; merges are measured on images of all
+classes that nobody trained on. Statistics, programs, batches and plans are those of the command line: each model's Fisher
+and Gram are computed on its own images, unlabelled batches and the searches' fitness on images of the training set.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Ground:
             strategy=strategy,
             base=self.path("base") if needs.base != "unused" else None,
             roles=["task", "task", "safety"] if strategy == "safe_merge" else None,
-            tasks=tasks if kind.family == "adaptive" else None,
+            tasks=tasks if kind.family in ("adaptive", "layerwise") else None,
             stats=[{name: one[name] for name in needs.stats} for one in self.stats[: len(models)]],
             inputs={name: inputs[name] for name in (*needs.models, *needs.inputs)},
             **params,

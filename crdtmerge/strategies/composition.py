@@ -173,6 +173,20 @@ class ModelBreadcrumbs(Composition[Band]):
         return Chain("band", "none", "sum", p.lambda_, drop_low=p.drop_low, drop_high=p.drop_high)
 
 
+class Breadcrumbs(ModelBreadcrumbs):
+    """Model Breadcrumbs under mergekit's name: ``model_breadcrumbs``, to the bit.
+
+        tau_i <- 0 at the floor(drop_low n) smallest and the floor(drop_high n) largest |tau_i| of each tensor, exactly
+        theta =  theta_0 + lambda sum_i w_i tau_i
+
+    mergekit's density is 1 - drop_low - drop_high here, its gamma is drop_high.
+
+    Properties: commutative; neither associative nor idempotent.
+    """
+
+    name, version, family = "breadcrumbs", 1, "statistics"
+
+
 class BreadcrumbsTiesParameters(Band):
     """Parameters of breadcrumbs_ties."""
 
@@ -422,4 +436,4 @@ def folded(found: Iterable[tuple[str, Sums]]) -> tuple[dict[str, float], dict[st
     return fold(0), fold(1)
 
 
-STRATEGIES = (DareLinear, Della, DellaLinear, ModelBreadcrumbs, BreadcrumbsTies, Lines, Stages)
+STRATEGIES = (DareLinear, Della, DellaLinear, ModelBreadcrumbs, Breadcrumbs, BreadcrumbsTies, Lines, Stages)

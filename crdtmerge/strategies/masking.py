@@ -279,6 +279,26 @@ class Ram(Strategy[RamParameters]):
         return u.base + m
 
 
+class RamPlusParameters(RamParameters):
+    """Parameters of ramplus_tl."""
+
+    r: Number = Field(Decimal("0.1"), ge=0, description="strength of the rescaling; 0 for none")
+    scope: Literal["model", "tensor"] = Field("tensor", description="where shared and unique are counted")
+
+
+class RamPlus(Ram):
+    """RAM+ of each tensor: ``ram`` with r = 0.1 and ``scope=tensor``, under mergekit's name for it.
+
+        theta = theta_0 + (1 + r clip(shared_i / unique_i, 0, alpha)) tau_i, where one task alone changed it
+        theta = theta_0 + sum w_i tau_i / sum w_i over the i that changed it, elsewhere
+
+    Properties: commutative; neither associative nor idempotent.
+    """
+
+    name, version, family = "ramplus_tl", 1, "elementwise"
+    Params = RamPlusParameters
+
+
 def _changed(taus: Sequence[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
     """Where each task vector differs from zero, and how many do."""
     changed = [tau.abs() > epsilon for tau in taus]
@@ -306,4 +326,4 @@ def _ram_scale(shared: int, unique: int, p: RamParameters) -> float:
     return nearest(1 + Fraction(p.r) * ratio)
 
 
-STRATEGIES = (Sce, Emr, ConsensusTaskArithmetic, Ram)
+STRATEGIES = (Sce, Emr, ConsensusTaskArithmetic, Ram, RamPlus)

@@ -20,6 +20,7 @@ ROWS = [
     Row("model_breadcrumbs"),
     Row("model_breadcrumbs", {"drop_low": "0.3", "drop_high": "0.2", "lambda": "0.4"}, SIGNED),
     Row("model_breadcrumbs", {"drop_low": 0, "drop_high": 0}),
+    Row("breadcrumbs", {"drop_low": "0.3", "drop_high": "0.2"}),
     Row("breadcrumbs_ties"),
     Row("breadcrumbs_ties", {"drop_low": "0.25", "drop_high": "0.1", "elect": "count", "combine": "sum"}),
     Row("sce"),
@@ -43,6 +44,7 @@ ROWS = [
     Row("ram"),
     Row("ram", {"epsilon": "0.2", "r": "0.1"}),
     Row("ram", {"epsilon": "0.3", "r": 2, "alpha": "0.9", "scope": "tensor"}),
+    Row("ramplus_tl", {"epsilon": "0.2"}),
     Row("stages"),
     Row("stages", {"sparsify": "magnitude", "elect": "count", "combine": "max", "density": "0.4"}),
     Row("stages", {"sparsify": "magnitude", "scope": "tensor", "combine": "mean"}),
@@ -59,6 +61,7 @@ RAW: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
     "della": ({"density": "0.5"}, True, False, False),
     "della_linear": ({"density": "0.5"}, True, False, False),
     "model_breadcrumbs": ({}, True, False, False),
+    "breadcrumbs": ({}, True, False, False),
     "breadcrumbs_ties": ({}, True, False, False),
     "sce": ({"density": "0.5"}, True, False, False),
     "sce of all positions": ({"density": 1}, True, False, True),
@@ -72,6 +75,7 @@ RAW: dict[str, tuple[dict[str, Any], bool, bool, bool]] = {
     "nearswap": ({}, True, False, False),
     "nearswap of a wide threshold": ({"threshold": 100}, True, False, True),
     "ram": ({"epsilon": "0.1"}, True, False, False),
+    "ramplus_tl": ({"epsilon": "0.1"}, True, False, False),
     "stages": ({}, True, True, False),  # task arithmetic
 }
 """Passthrough takes one model: none of the laws of two can be asked of it."""

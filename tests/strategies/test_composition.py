@@ -535,3 +535,16 @@ def test_rows_of_one_element_have_no_rank() -> None:
     found = merged("della_linear", [ones], constant(ones), density="0.3", epsilon="0.25")["w"]
     assert set(found.reshape(-1).tolist()) == {0.0, float(torch.tensor(1.0 / 0.3))}
     assert abs(int((found != 0).sum()) - 0.3 * n) < 5 * math.sqrt(n * 0.3 * 0.7)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "params"),
+    [
+        ("breadcrumbs", "model_breadcrumbs", {"drop_low": "0.3", "drop_high": "0.1", "lambda": "0.5"}),
+        ("ramplus_tl", "ram", {"r": "0.1", "scope": "tensor"}),
+    ],
+)
+def test_another_name_is_the_same_strategy_to_the_bit(name: str, other: str, params: dict[str, Any]) -> None:
+    models, base = family(3)
+    said = {} if name == "ramplus_tl" else params
+    assert equal(merged(name, models, base, **said), merged(other, models, base, **params))
