@@ -3,8 +3,9 @@
     python -m benchmarks.digits [--seeds N] [--json]        (``make demo-strategies``)
 
 Each fine-tune sees all images of some classes and a fiftieth of the others; merges are measured on images of all
-classes that nobody trained on. Statistics, programs, batches and plans are those of the command line: each model's Fisher
-and Gram are computed on its own images, unlabelled batches and the searches' fitness on images of the training set.
+classes that nobody trained on. Statistics, programs, batches and plans are those of the command line: the Fisher
+and Gram of each model are of its own images, unlabelled batches and the fitness of searches on images of the training
+set.
 """
 
 from __future__ import annotations

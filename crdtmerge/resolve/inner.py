@@ -140,7 +140,7 @@ class Programs:
         self,
         job: str,
         params: Mapping[str, Any],
-        groups: Callable[[Unit], Mapping[str, Tensor]],
+        groups: Callable[[Unit], Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]],
         rng: Rng,
         models: Mapping[str, Inner],
     ) -> Ran:
@@ -149,11 +149,17 @@ class Programs:
         names = list(models)
         for group, inner in models.items():
             runner.keep(group, self._view.merged(self.inside(inner, rng)))
-        for tensor in self._tensors:
-            for group, x in groups(self._view.whole(tensor.name)).items():
-                runner.keep(group, {tensor.name: x}, anew=group not in names)
-                names += [group] if group not in names else []
-        steps = _Steps(self._running.state, self._key("run", [job, _plain(params), _plain(models), rng.seed]))
+        if callable(groups):
+            for tensor in self._tensors:
+                for group, x in groups(self._view.whole(tensor.name)).items():
+                    runner.keep(group, {tensor.name: x}, anew=group not in names)
+                    names += [group] if group not in names else []
+        else:
+            for group, new in groups.items():
+                runner.keep(group, new, anew=False)
+                names.append(group)
+        state = self._running.state if callable(groups) else None
+        steps = _Steps(state, self._key("run", [job, _plain(params), _plain(models), rng.seed]))
         found = runner.run(
             job,
             params,

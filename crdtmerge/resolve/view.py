@@ -83,7 +83,7 @@ class TensorView:
         self,
         job: str,
         params: Mapping[str, Any],
-        groups: Callable[[Unit], Mapping[str, Tensor]],
+        groups: Callable[[Unit], Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]],
         rng: Rng,
         models: Mapping[str, Inner] | None = None,
     ) -> Ran:

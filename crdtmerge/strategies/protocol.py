@@ -206,14 +206,15 @@ class View(Protocol):
         self,
         job: str,
         params: Mapping[str, Any],
-        groups: Callable[[Unit], Mapping[str, Tensor]],
+        groups: Callable[[Unit], Mapping[str, Tensor]] | Mapping[str, Mapping[str, Tensor]],
         rng: Rng,
         models: Mapping[str, Inner] | None = None,
     ) -> Ran:
         """Run a job of ``programs`` on the inputs ``program`` and ``data``, in a process of its own.
 
-        ``groups`` makes of each whole tensor what each group of the job's tensors holds under its name. ``models``
-        are groups that are merged models.
+        ``groups`` makes of each whole tensor what each group of the job's tensors holds under its name; or it holds
+        what is new in groups that an earlier run was given, and such a run is not taken up where it stopped.
+        ``models`` are groups that are merged models.
         """
         ...
 

@@ -40,6 +40,7 @@ FAMILIES = {
     "spherical_means": ("karcher", "nuslerp", "multislerp"),
     "geometry": ("model_stock", "weight_scope_alignment", "arcee_fusion"),
     "statistics": ("fisher_merge", "regression_mean", "led_merge"),
+    "layerwise": ("regmean_plus_plus",),
     "robust": (
         "median",
         "trimmed_mean",

@@ -21,7 +21,7 @@ from tests.strategies import models
 from tests.strategies.models import Row
 from tests.strategies.test_laws import RAW as FIRST_RAW
 
-ELSEWHERE: dict[str, str] = {}
+ELSEWHERE: dict[str, str] = {"regmean_plus_plus": "strategies/test_layerwise.py"}
 """Strategies without a row here, and the test file that tries them: they run a program, which takes seconds."""
 
 TABLES = [

@@ -16,6 +16,7 @@ JOBS = (
     "fitness",
     "gram",
     "importance",
+    "layer_gram",
     "rank_masks",
     "surgery",
 )

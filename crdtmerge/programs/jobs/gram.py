@@ -10,37 +10,47 @@ Source: Jin et al., ICLR 2023, arXiv:2212.09849.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from crdtmerge.programs.context import Context, Result
-from crdtmerge.programs.exported import Layer
+from crdtmerge.programs.exported import Batches, Layer
 
 BATCH = 64
 
 
 def run(context: Context) -> Result:
     """``gram``: float32 matrices, symmetric to the bit."""
-    program, data = context.program, context.one_task()
-    tensors = program.fitted(context.groups["model"], "the model")
+    held = context.groups["model"]
+    found, counts = grams(context, context.program.fitted(held, "the model"), context.one_task(), context.progress)
+    return Result({"rows": counts}, {name: g for name, g in found.items() if name in held})
+
+
+def grams(
+    context: Context,
+    tensors: Mapping[str, torch.Tensor],
+    data: Batches,
+    progress: Callable[[int, int], None],
+    only: str | None = None,
+) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """The matrices of a model's layers on the data of a task, or of one layer alone, and how many rows each saw."""
     totals: dict[str, torch.Tensor] = {}
     counts: dict[str, int] = {}
     done = 0
     with torch.no_grad():
         for batch in data.parts(BATCH):
-            _, layers = program.watched(tensors, batch.inputs)
+            _, layers = context.program.watched(tensors, batch.inputs)
             for layer in layers:
-                x = rows(layer, tensors[layer.weight])
+                x = rows(layer, tensors[layer.weight]) if only in (None, layer.weight) else None
                 if x is not None:
                     g = x.T @ x
                     totals[layer.weight] = totals[layer.weight] + g if layer.weight in totals else g
                     counts[layer.weight] = counts.get(layer.weight, 0) + len(x)
             done += batch.size
-            context.progress(done, data.size)
-    held = context.groups["model"]
-    found = {name: (g + g.T) / (2 * counts[name]) for name, g in totals.items() if name in held}
-    return Result({"rows": counts}, {name: g.float() for name, g in found.items()})
+            progress(done, data.size)
+    return {name: ((g + g.T) / (2 * counts[name])).float() for name, g in totals.items()}, counts
 
 
 def rows(layer: Layer, weight: torch.Tensor) -> torch.Tensor | None:
