@@ -40,8 +40,8 @@ class RegMeanPlusPlus(Strategy[RegressionParameters]):
     The solution, its ridge and its inputs that are never active are those of regression_mean: with Gram matrices that
     are equal the bytes are. The plan holds them, float32, little-endian: 4 k in^2 bytes for a layer of ``in`` inputs
     and k models, ``in`` being channels times the kernel's size for a convolution; with the plan the same bytes are made
-    on every machine. The program is run once a layer on all data. Its parameters are the merged ones before they are
-    rounded to the output's dtype.
+    on every machine. As a file a plan holds at most 256 MiB of them. The program is run once a layer on all data; its
+    parameters are the merged ones before they are rounded to the output's dtype.
 
     Needs the inputs ``program`` and ``data`` (TASK.inputs). Raises NeedsError where the program runs no such layer,
     ParameterError for layout=in_out and a tensor that has a Gram matrix: the program's layers are [out, in].

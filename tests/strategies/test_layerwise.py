@@ -19,6 +19,7 @@ from crdtmerge.programs.context import Context
 from crdtmerge.programs.exported import Program, batches
 from crdtmerge.programs.jobs import job
 from crdtmerge.resolve.merge import merge
+from crdtmerge.resolve.plan_file import decode, encode
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.protocol import Plan
 from crdtmerge.testing.case import Case
@@ -171,11 +172,11 @@ def test_layers_are_merged_in_the_order_in_which_they_run_and_a_weight_used_twic
 
 @pytest.mark.parametrize("params", [{}, {"alpha": "0.3", "ridge": "0.01"}, {"alpha": "1"}], ids=str)
 def test_applied_it_is_regression_mean_with_the_matrices_of_the_plan_to_the_bit(
-    two: tuple[list[Model], dict[str, Path]], params: dict[str, str]
+    two: tuple[list[Model], dict[str, Path]], params: dict[str, Any]
 ) -> None:
     models, files = two
     prepared = planned(models, files, **params)
-    stats: list[dict[str, Model]] = [{"gram": {}} for _ in models]
+    stats: list[dict[str, dict[str, torch.Tensor]]] = [{"gram": {}} for _ in models]
     for name, held in prepared.plan["gram"].items():
         inputs = models[0][name].shape[1]
         for i, data in enumerate(held):
@@ -192,7 +193,7 @@ def test_of_one_layer_it_is_regression_mean_with_the_statistic(
 ) -> None:
     """To the bit: what goes into the first layer does not depend on a model."""
     made_as, files = single
-    models = [{name: x.to(stored) for name, x in one.items()} for one in made_as]
+    models: list[Model] = [{name: x.to(stored) for name, x in one.items()} for one in made_as]
     program = Program(str(files["program"]), hashlib.sha256(files["program"].read_bytes()).hexdigest())
     data = load_file(files["data"])
     stats = []
@@ -232,6 +233,8 @@ def test_the_order_of_arrival_does_not_matter_and_a_plan_stands_for_the_program(
     expected = planned(models, files)
     again = planned(models, files)
     assert again.plan.digest == expected.plan.digest
+    again.plan = decode(encode(expected.plan, bytes(32)), "a plan")[0]
+    assert equal(again.run(), expected.run())
     again.plan = Plan({"gram": {"0.weight": expected.plan["gram"]["0.weight"]}})
     kept, whole = again.run(), expected.run()
     assert torch.equal(kept["0.weight"], whole["0.weight"]), "apply reads the plan alone"
