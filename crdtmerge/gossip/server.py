@@ -225,6 +225,8 @@ class HttpServer:
             return _said(400, str(fault))
         except TimeoutError:
             return _said(408, "the request took too long.")
+        except ConnectionError:
+            return _said(400, "the connection was lost.")  # nobody is there to read it
         except StorageError as fault:
             return _said(507, str(fault))
         except CrdtMergeError as fault:

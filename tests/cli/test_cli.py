@@ -28,7 +28,22 @@ from tests.resolve import models
 from tests.resolve.running import ROOT, Ran, environment, here, process, program
 
 COMMANDS = (
-    *("merge", "verify", "inspect", "strategies", "laws", "init", "add", "remove", "retract", "status", "log", "show"),
+    *(
+        "merge",
+        "verify",
+        "inspect",
+        "strategies",
+        "laws",
+        "plan",
+        "stats",
+        "init",
+        "add",
+        "remove",
+        "retract",
+        "status",
+        "log",
+        "show",
+    ),
     *("resolve", "recipe", "export", "import", "sync", "serve", "fsck", "gc"),
     *("keys show", "keys import", "keys trust", "keys distrust", "keys invite", "keys grant", "keys revoke"),
 )

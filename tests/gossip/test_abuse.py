@@ -272,6 +272,21 @@ def test_bodies_must_say_their_length_and_stay_within_it(rig: Rig) -> None:
         assert all(status in (0, 400, 408) for status in refused), (path, refused)
 
 
+def test_a_connection_that_is_lost_in_the_middle_of_a_request_is_nobodys_fault(rig: Rig) -> None:
+    async def lost() -> None:
+        _, writer = await asyncio.open_connection("127.0.0.1", port_of(rig.node))
+        writer.write(b"POST /v1/sync HTTP/1.1\r\nHost: n\r\nContent-Length: 100\r\n\r\nbegun")
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        writer.transport.abort()
+        await asyncio.sleep(0.1)
+
+    before = list(rig.complaints)
+    for _ in range(5):
+        rig.run(lost())
+    assert rig.complaints == before
+
+
 def test_wrong_ranges_are_refused(rig: Rig) -> None:
     blob = next(
         b

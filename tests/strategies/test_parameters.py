@@ -437,6 +437,6 @@ def test_t_is_for_two_models_from_0_to_1_and_without_weights() -> None:
 
 def test_an_unknown_strategy_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(
-        UnknownStrategyError, match=r"no strategy is called 'tie'. Did you mean ties\? There are: dare,"
+        UnknownStrategyError, match=r"no strategy is called 'tie'. Did you mean ties\? There are: ada_merging,"
     ):
         merge(MODELS, strategy="tie", base=BASE)
