@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crdtmerge.cli.console import Memory, emit, progress, say, tell
-from crdtmerge.cli.replica_options import Inputs, PlanFile, named_paths
+from crdtmerge.cli.replica_options import Inputs, PlanFile, Roles, StatisticsOfEach, Tasks, Weights, named_paths
 
 if TYPE_CHECKING:
     from crdtmerge.resolve.merging import Merge
@@ -30,9 +30,7 @@ def merge(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A parameter; KEY@GLOB=VALUE for some tensors only."),
     ] = None,
-    weight: Annotated[
-        list[str] | None, typer.Option(metavar="W", help="Once for each model, in their order; 1 by default.")
-    ] = None,
+    weight: Weights = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="OUT", help="A folder, or NAME.safetensors. Left out: only digests."),
@@ -44,14 +42,9 @@ def merge(
     threads: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="The bytes are the same for any number.")
     ] = None,
-    role: Annotated[
-        list[str] | None, typer.Option(metavar="R", help="Once for each model: task, forget, unlearned or safety.")
-    ] = None,
-    task: Annotated[list[str] | None, typer.Option(metavar="T", help="Once for each model: its task's name.")] = None,
-    stats: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="A statistic of each model, in their order; or MODEL:NAME=FILE."),
-    ] = None,
+    role: Roles = None,
+    task: Tasks = None,
+    stats: StatisticsOfEach = None,
     inputs: Inputs = None,
     plan: PlanFile = None,
     exclude: Annotated[

@@ -10,7 +10,19 @@ from typing import Annotated
 import typer
 
 from crdtmerge.cli.console import emit, say, tell
-from crdtmerge.cli.replica_options import AsJson, Exclude, Inputs, Missing, Settings, Threads, named_paths
+from crdtmerge.cli.replica_options import (
+    AsJson,
+    Exclude,
+    Inputs,
+    Missing,
+    Roles,
+    Settings,
+    StatisticsOfEach,
+    Tasks,
+    Threads,
+    Weights,
+    named_paths,
+)
 from crdtmerge.cli.statistics import counting
 
 
@@ -25,17 +37,10 @@ def plan(
     ] = None,
     settings: Settings = None,
     inputs: Inputs = None,
-    weight: Annotated[
-        list[str] | None, typer.Option(metavar="W", help="Once for each model, in their order; 1 by default.")
-    ] = None,
-    role: Annotated[
-        list[str] | None, typer.Option(metavar="R", help="Once for each model: task, forget, unlearned or safety.")
-    ] = None,
-    task: Annotated[list[str] | None, typer.Option(metavar="T", help="Once for each model: its task's name.")] = None,
-    stats: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="A statistic of each model, in their order; or MODEL:NAME=FILE."),
-    ] = None,
+    weight: Weights = None,
+    role: Roles = None,
+    task: Tasks = None,
+    stats: StatisticsOfEach = None,
     dtype: Annotated[str | None, typer.Option(metavar="D", help="Of the merged model.")] = None,
     exclude: Exclude = None,
     missing: Missing = None,

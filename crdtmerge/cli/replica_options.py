@@ -26,6 +26,19 @@ Statistics = Annotated[
     list[str] | None,
     typer.Option("--stats", metavar="NAME=FILE", help="A statistic of the model, such as fisher; kept and passed on."),
 ]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option("--weight", metavar="W", help="Once for each model, in their order; 1 by default."),
+]
+Roles = Annotated[
+    list[str] | None,
+    typer.Option("--role", metavar="R", help="Once for each model: task, forget, unlearned or safety."),
+]
+Tasks = Annotated[list[str] | None, typer.Option("--task", metavar="T", help="Once for each model: its task's name.")]
+StatisticsOfEach = Annotated[
+    list[str] | None,
+    typer.Option("--stats", metavar="NAME=FILE", help="A statistic of each model, in their order; or MODEL:NAME=FILE."),
+]
 Inputs = Annotated[
     list[str] | None,
     typer.Option("--input", metavar="NAME=PATH", help="What else the strategy reads: a further model, a file."),

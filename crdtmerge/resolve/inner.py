@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from crdtmerge.canonical import decimal_text, digest
 from crdtmerge.errors import InputError, MismatchError, NeedsError, UsageError
-from crdtmerge.numerics.dtypes import DType
 from crdtmerge.numerics.fused import Kernels
 from crdtmerge.numerics.lazy import torch
-from crdtmerge.numerics.rounding import torch_dtype
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.programs.messages import receive, send, unpacked
 from crdtmerge.programs.runner import Runner
+from crdtmerge.resolve.beside import MADE_BY, file_digest
 from crdtmerge.resolve.engine import Work, run
 from crdtmerge.resolve.fit import Copying, Merging
+from crdtmerge.resolve.memory import Memory, viewed
 from crdtmerge.resolve.plan_file import put
 from crdtmerge.resolve.sources import Source
 from crdtmerge.strategies import registry
@@ -47,8 +46,6 @@ if TYPE_CHECKING:
 DATA_BYTES_MAX = 64 << 30
 """A file of batches; it is read into memory."""
 
-COMMAND = "Export one with torch.export.export and torch.export.save"
-
 
 @dataclass(frozen=True)
 class Running:
@@ -61,30 +58,6 @@ class Running:
 
 
 NOTHING_RUNS = Running()
-
-
-class Memory:
-    """A sink that keeps merged tensors as torch tensors."""
-
-    def __init__(self, tensors: Sequence[Merging]) -> None:
-        self._of = {t.name: t for t in tensors}
-        self._data = {t.name: np.empty(t.out.nbytes(t.shape), np.uint8) for t in tensors}
-
-    def write(self, name: str, offset: int, data: NDArray[np.uint8]) -> None:
-        """Keep a stretch."""
-        self._data[name][offset : offset + data.nbytes] = data
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors by name."""
-        return {name: viewed(self._data[name], tensor.out, tensor.shape) for name, tensor in self._of.items()}
-
-
-def viewed(data: NDArray[np.uint8], dtype: DType, shape: tuple[int, ...]) -> Tensor:
-    """Bytes as a tensor."""
-    kind = torch_dtype(dtype)
-    flat = torch.from_numpy(data).view(kind) if data.size else torch.empty(0, dtype=kind)
-    found: Tensor = flat.reshape(shape)
-    return found
 
 
 class Inside:
@@ -108,10 +81,10 @@ class Inside:
 
     def merged(self, workers: Workers, kernels: Kernels | None, stretch: int) -> dict[str, Tensor]:
         """The merged tensors, in the output dtype."""
-        memory = Memory(self._tensors)
+        memory = Memory([(tensor.name, tensor.out, tensor.shape) for tensor in self._tensors])
         work = Work(self._strategy, self._needs, self._params, self.plan, self._rng, kernels)
         run(work, self._tensors, [], memory, workers, stretch=stretch)
-        return memory.tensors()
+        return {name: memory.tensor(name) for name in memory.tensors}
 
 
 def _weighted(tensor: Merging, inner: Inner) -> Merging:
@@ -195,10 +168,9 @@ class Programs:
 
     def _started(self) -> Runner:
         if self._runner is None:
-            program = self._named("program", f"a torch.export program of the model. {COMMAND}")
-            data = self._named("data", "a safetensors file with the tensor 'inputs' [examples, ...]")
+            program, data = self._named("program"), self._named("data")
             batches = batches_of(data, self._running.digests.get("data"))
-            known = self._running.digests.get("program") or _sha256(program)
+            known = self._running.digests.get("program") or file_digest(program, "the program")
             self._runner = Runner(program, known, device=self._view.device)
             self._runner.keep("data", batches)
             self._runner.keep(
@@ -206,9 +178,9 @@ class Programs:
             )
         return self._runner
 
-    def _named(self, name: str, what: str) -> Path:
+    def _named(self, name: str) -> Path:
         if name not in self._files:
-            raise NeedsError(f"this plan needs the input '{name}', {what}; give it with --input {name}=PATH.")
+            raise NeedsError(f"this plan needs the input '{name}'{MADE_BY[name]}: give it with --input {name}=PATH.")
         return self._files[name]
 
     def _key(self, kind: str, what: list[Any]) -> str:
@@ -217,7 +189,9 @@ class Programs:
             [t.name, list(t.shape), [[m.id, decimal_text(m.weight), m.role, m.task] for m in t.meta]]
             for t in self._tensors
         ]
-        inputs = {name: self._running.digests.get(name) or _sha256(path) for name, path in self._files.items()}
+        inputs = {
+            name: self._running.digests.get(name) or file_digest(path, name) for name, path in self._files.items()
+        }
         build = f"torch {torch.__version__}"
         return digest("state", [kind, build, inputs, tensors, *what]).hex()
 
@@ -230,11 +204,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, Mapping):
         return json.dumps({k: _plain(v) if isinstance(v, Inner) else v for k, v in value.items()}, sort_keys=True)
     raise AssertionError("parameters are maps or inner merges")
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()
 
 
 def whole(source: Source, name: str) -> Tensor:

@@ -15,17 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from crdtmerge.errors import UsageError
-from crdtmerge.numerics.dtypes import DType
-from crdtmerge.numerics.lazy import torch
-from crdtmerge.numerics.rounding import torch_dtype
 from crdtmerge.recipe import Recipe
 from crdtmerge.replica.contribution import Claim
 from crdtmerge.resolve.asking import claims, recipe_of
 from crdtmerge.resolve.beside import NOTHING, Beside
+from crdtmerge.resolve.memory import Memory
 from crdtmerge.resolve.merging import Merge, Model, Options
 from crdtmerge.resolve.receipt import Receipt
 from crdtmerge.strategies.protocol import Plan
@@ -38,21 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Memory:
-    """A sink that keeps the merged tensors."""
-
-    def __init__(self, tensors: Sequence[tuple[str, DType, tuple[int, ...]]]) -> None:
-        self.tensors = {name: (dtype, shape, _room(dtype, shape)) for name, dtype, shape in tensors}
-
-    def write(self, name: str, offset: int, data: NDArray[np.uint8]) -> None:
-        """Keep a stretch."""
-        self.tensors[name][2][offset : offset + data.nbytes] = data
-
-
-def _room(dtype: DType, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    return np.empty(dtype.nbytes(shape), np.uint8)
-
-
 class Merged(Mapping[str, "Tensor"]):
     """A merged model: name to torch tensor (a copy, so that nothing changes what was merged), ``receipt``, ``save``."""
 
@@ -63,11 +43,7 @@ class Merged(Mapping[str, "Tensor"]):
         self._memory, self._files, self._inputs = memory, files, inputs
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, data = self._memory.tensors[name]
-        if not data.size:
-            return torch.empty(shape, dtype=torch_dtype(dtype))
-        merged: Tensor = torch.from_numpy(data).view(torch_dtype(dtype)).reshape(shape).clone()
-        return merged
+        return self._memory.tensor(name).clone()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._memory.tensors)

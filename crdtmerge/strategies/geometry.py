@@ -19,10 +19,10 @@ from crdtmerge.numerics.elementary import exp, log
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.programs import Affine, Program
 from crdtmerge.numerics.scalars import left_sum, nearest
-from crdtmerge.strategies.linear import divided, divisor_of, total
+from crdtmerge.strategies.linear import divided, divisor_of, shares, total
 from crdtmerge.strategies.parameters import Number, Parameters
 from crdtmerge.strategies.protocol import Meta, Needs, Plan, Rng, Strategy, Unit, View
-from crdtmerge.strategies.spherical_means import finite, shares
+from crdtmerge.strategies.spherical import finite
 from crdtmerge.strategies.stages import weighted
 from crdtmerge.strategies.whole_tensors import ascending, roots, row_largest, row_sums, rows
 

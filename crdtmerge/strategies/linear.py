@@ -6,7 +6,7 @@ combination for bfloat16, float16 and float32 weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,15 @@ def divisor_of(meta: tuple[Meta, ...]) -> float:
             "normalize=false."
         )
     return nearest(whole)
+
+
+def shares(meta: Sequence[Meta]) -> list[float]:
+    """The weights divided by their sum. Raises UsageError if that is too close to zero."""
+    divisor_of(tuple(meta))
+    mass = Fraction(0)
+    for m in meta:
+        mass += Fraction(m.weight)
+    return [nearest(Fraction(m.weight) / mass) for m in meta]
 
 
 class WeightAverage(Strategy[Parameters]):

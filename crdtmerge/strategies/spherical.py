@@ -8,10 +8,10 @@ happens on k numbers, and ``apply`` is a linear combination in float64.
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from decimal import Decimal
-from fractions import Fraction
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from pydantic import Field
 from crdtmerge.errors import MismatchError, NonFiniteError
 from crdtmerge.numerics.programs import Affine, Program
 from crdtmerge.numerics.scalars import acos, cos, left_sum, nearest, sin
-from crdtmerge.strategies.linear import divisor_of, total
+from crdtmerge.strategies.linear import shares, total
 from crdtmerge.strategies.parameters import Number, Parameters, Share
 from crdtmerge.strategies.protocol import Meta, Needs, Plan, Rng, Strategy, Unit, View
 from crdtmerge.strategies.stages import weighted
@@ -40,16 +40,62 @@ KARCHER_STEPS_MAX = 100
 KARCHER_TOLERANCE = 1e-12
 
 
-class SlerpParameters(Parameters):
+class InSpace(Parameters):
+    """Parameters of strategies on the sphere."""
+
+    space: Literal["weights", "task_vectors"] = Field("weights", description="what points at the sphere")
+
+
+P = TypeVar("P", bound=InSpace)
+
+
+def finite(name: str, strategy: str, gram: Gram) -> None:
+    """Raise NonFiniteError where dot products exceed float64."""
+    if not np.isfinite(gram).all():
+        raise NonFiniteError(
+            f"tensor {name!a}: its dot products exceed float64, so {strategy} knows no angle. Scale the weights down, "
+            "or leave the tensor out with --exclude."
+        )
+
+
+class OnSphere(Strategy[P], Generic[P]):
+    """A strategy whose result is sum_i c_i v_i with coefficients that depend on dot products."""
+
+    def needs(self, p: P) -> Needs:
+        return Needs(base="required" if p.space == "task_vectors" else "unused", plan="scan", compute="double")
+
+    @abstractmethod
+    def coefficients(self, name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: P) -> list[float]:
+        """c_1, ..., c_k of one tensor."""
+
+    def plan(self, view: View, p: Callable[[str], P], rng: Rng) -> Plan:
+        found: dict[str, list[float]] = {}
+        for task_vectors in (False, True):
+            names = [name for name in view.names if (p(name).space == "task_vectors") == task_vectors]
+            for name, gram in view.gram(names, task_vectors=task_vectors).items():
+                found[name] = self.coefficients(name, gram, view.meta(name), view.elements(name), p(name))
+        return Plan({"coefficients": found})
+
+    def apply(self, u: Unit, plan: Plan, p: P, rng: Rng) -> Tensor:
+        c = plan["coefficients"][u.name]
+        if p.space == "weights":
+            return total(weighted(u.xs, c))
+        assert u.base is not None
+        return u.base + total(weighted(u.task_vectors(), c))
+
+    def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: P, rng: Rng) -> Program | None:
+        return Affine(tuple(plan["coefficients"][name]), on_base=p.space == "task_vectors")
+
+
+class SlerpParameters(InSpace):
     """Parameters of slerp."""
 
     reduce: Literal["karcher", "fold"] = Field("karcher", description="more than two models: their mean, or one by one")
-    space: Literal["weights", "task_vectors"] = Field("weights", description="interpolate weights, or their difference")
     dot_threshold: Share = Field(Decimal("0.9995"), description="cosine from which on the linear mean is taken")
     epsilon: Number = Field(Decimal("1e-8"), ge=0, description="norm up to which a tensor has no direction")
 
 
-class Slerp(Strategy[SlerpParameters]):
+class Slerp(OnSphere[SlerpParameters]):
     """Spherical linear interpolation of each tensor, flattened.
 
         cos W = <a, b> / (|a| |b|)
@@ -70,40 +116,18 @@ class Slerp(Strategy[SlerpParameters]):
     reference = "Shoemake, SIGGRAPH 1985; Karcher, Comm. Pure Appl. Math. 30, 1977"
     Params = SlerpParameters
 
-    def needs(self, p: SlerpParameters) -> Needs:
-        return Needs(base="required" if p.space == "task_vectors" else "unused", plan="scan", compute="double")
-
-    def plan(self, view: View, p: Callable[[str], SlerpParameters], rng: Rng) -> Plan:
-        coefficients: dict[str, list[float]] = {}
-        for task_vectors in (False, True):
-            names = [name for name in view.names if (p(name).space == "task_vectors") == task_vectors]
-            for name, gram in view.gram(names, task_vectors=task_vectors).items():
-                coefficients[name] = arc(name, gram, view.meta(name), view.elements(name), p(name))
-        return Plan({"coefficients": coefficients})
-
-    def apply(self, u: Unit, plan: Plan, p: SlerpParameters, rng: Rng) -> Tensor:
-        c = plan["coefficients"][u.name]
-        if p.space == "weights":
-            return total(weighted(u.xs, c))
-        assert u.base is not None
-        return u.base + total(weighted(u.task_vectors(), c))
-
-    def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: SlerpParameters, rng: Rng) -> Program:
-        return Affine(tuple(plan["coefficients"][name]), on_base=p.space == "task_vectors")
+    def coefficients(
+        self, name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: SlerpParameters
+    ) -> list[float]:
+        return arc(name, gram, meta, elements, p)
 
 
 def arc(name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: SlerpParameters) -> list[float]:
     """The coefficients c_i of one tensor. Raises MismatchError where its inputs point in opposite directions."""
-    divisor_of(tuple(meta))
-    mass = sum((Fraction(m.weight) for m in meta), Fraction(0))
-    a = [nearest(Fraction(m.weight) / mass) for m in meta]
+    a = shares(meta)
     if len(a) == 1 or elements <= 1:
         return a
-    if not np.isfinite(gram).all():
-        raise NonFiniteError(
-            f"tensor {name!a}: its dot products exceed float64, so slerp knows no angle. Scale the weights down, or "
-            "leave the tensor out with --exclude."
-        )
+    finite(name, "slerp", gram)
     norms = [math.sqrt(gram[i, i]) for i in range(len(a))]
     if min(norms) <= nearest(p.epsilon):
         return a

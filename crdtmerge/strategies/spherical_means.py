@@ -7,24 +7,20 @@ the coefficients depend on the k x k matrix of the dot products <v_i, v_j> alone
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
-from fractions import Fraction
-from typing import TYPE_CHECKING, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 from pydantic import Field
 
-from crdtmerge.errors import MismatchError, NonFiniteError
+from crdtmerge.errors import MismatchError
 from crdtmerge.numerics.lazy import torch
-from crdtmerge.numerics.programs import Affine, Program
+from crdtmerge.numerics.programs import Program
 from crdtmerge.numerics.scalars import acos, left_sum, nearest, sin
-from crdtmerge.strategies.linear import divisor_of, total
-from crdtmerge.strategies.parameters import Number, Parameters
-from crdtmerge.strategies.protocol import Meta, Needs, Plan, Rng, Strategy, Unit, View
-from crdtmerge.strategies.spherical import SHORTEST_MEAN, Gram, OppositeError, karcher
-from crdtmerge.strategies.stages import weighted
+from crdtmerge.strategies.linear import shares
+from crdtmerge.strategies.parameters import Number
+from crdtmerge.strategies.protocol import Meta, Needs, Plan, Rng, Unit
+from crdtmerge.strategies.spherical import SHORTEST_MEAN, Gram, InSpace, OnSphere, OppositeError, finite, karcher
 from crdtmerge.strategies.whole_tensors import columns, from_columns, roots, row_sums, rows
 
 if TYPE_CHECKING:
@@ -32,63 +28,6 @@ if TYPE_CHECKING:
 
 PARALLEL = 1.0 / (1 << 20)
 """The sine below which two directions count as one line: a cosine in float64 tells angles from 2^-26 on from none."""
-
-
-class InSpace(Parameters):
-    """Parameters of strategies on the sphere."""
-
-    space: Literal["weights", "task_vectors"] = Field("weights", description="what points at the sphere")
-
-
-P = TypeVar("P", bound=InSpace)
-
-
-def shares(meta: Sequence[Meta]) -> list[float]:
-    """The weights divided by their sum. Raises UsageError if that is too close to zero."""
-    divisor_of(tuple(meta))
-    mass = Fraction(0)
-    for m in meta:
-        mass += Fraction(m.weight)
-    return [nearest(Fraction(m.weight) / mass) for m in meta]
-
-
-def finite(name: str, strategy: str, gram: Gram) -> None:
-    """Raise NonFiniteError where dot products exceed float64."""
-    if not np.isfinite(gram).all():
-        raise NonFiniteError(
-            f"tensor {name!a}: its dot products exceed float64, so {strategy} knows no angle. Scale the weights down, "
-            "or leave the tensor out with --exclude."
-        )
-
-
-class OnSphere(Strategy[P], Generic[P]):
-    """A strategy whose result is sum_i c_i v_i with coefficients that depend on dot products."""
-
-    def needs(self, p: P) -> Needs:
-        return Needs(base="required" if p.space == "task_vectors" else "unused", plan="scan", compute="double")
-
-    @abstractmethod
-    def coefficients(self, name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: P) -> list[float]:
-        """c_1, ..., c_k of one tensor."""
-
-    def plan(self, view: View, p: Callable[[str], P], rng: Rng) -> Plan:
-        found: dict[str, list[float]] = {}
-        for task_vectors in (False, True):
-            names = [name for name in view.names if (p(name).space == "task_vectors") == task_vectors]
-            for name, gram in view.gram(names, task_vectors=task_vectors).items():
-                finite(name, self.name, gram)
-                found[name] = self.coefficients(name, gram, view.meta(name), view.elements(name), p(name))
-        return Plan({"coefficients": found})
-
-    def apply(self, u: Unit, plan: Plan, p: P, rng: Rng) -> Tensor:
-        c = plan["coefficients"][u.name]
-        if p.space == "weights":
-            return total(weighted(u.xs, c))
-        assert u.base is not None
-        return u.base + total(weighted(u.task_vectors(), c))
-
-    def program(self, name: str, meta: tuple[Meta, ...], plan: Plan, p: P, rng: Rng) -> Program | None:
-        return Affine(tuple(plan["coefficients"][name]), on_base=p.space == "task_vectors")
 
 
 class KarcherParameters(InSpace):
@@ -123,6 +62,7 @@ class Karcher(OnSphere[KarcherParameters]):
     def coefficients(
         self, name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: KarcherParameters
     ) -> list[float]:
+        finite(name, self.name, gram)
         a = shares(meta)
         norms = [math.sqrt(gram[i, i]) for i in range(len(a))]
         pointing = [i for i, norm in enumerate(norms) if norm > nearest(p.epsilon) and meta[i].weight]
@@ -182,6 +122,7 @@ class NuSlerp(OnSphere[NuSlerpParameters]):
     def coefficients(
         self, name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: NuSlerpParameters
     ) -> list[float]:
+        finite(name, self.name, gram)
         a = shares(meta)
         if len(a) == 1 or p.granularity != "tensor":
             return a
@@ -240,6 +181,7 @@ class MultiSlerp(OnSphere[MultiSlerpParameters]):
     def coefficients(
         self, name: str, gram: Gram, meta: Sequence[Meta], elements: int, p: MultiSlerpParameters
     ) -> list[float]:
+        finite(name, self.name, gram)
         a = shares(meta) if p.normalize else [nearest(m.weight) for m in meta]
         if len(a) == 1:
             return a

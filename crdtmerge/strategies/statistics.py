@@ -17,10 +17,9 @@ from crdtmerge.numerics.decompositions import cholesky, cholesky_solve
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.products import Matrix, matmul
 from crdtmerge.numerics.scalars import nearest
-from crdtmerge.strategies.linear import divided, divisor_of, total
+from crdtmerge.strategies.linear import divided, divisor_of, shares, total
 from crdtmerge.strategies.parameters import Number, Parameters, Share, WithLambda
 from crdtmerge.strategies.protocol import EMPTY, Needs, Plan, Rng, Strategy, Unit, View
-from crdtmerge.strategies.spherical_means import shares
 from crdtmerge.strategies.stages import weighted
 from crdtmerge.strategies.whole_tensors import largest
 

@@ -25,7 +25,7 @@ from crdtmerge.numerics.workers import Workers
 from crdtmerge.resolve.blocks import compute_dtype
 from crdtmerge.resolve.engine import Work, run
 from crdtmerge.resolve.fit import Merging
-from crdtmerge.resolve.merge import Memory
+from crdtmerge.resolve.memory import Memory
 from crdtmerge.resolve.merging import combined
 from crdtmerge.resolve.sources import MemorySource, Source
 from crdtmerge.resolve.view import TensorView

@@ -48,7 +48,6 @@ ALLOWED = {
     ("strategies/dense.py", "Lapack.product", "matmul"): LIBRARY,
     ("strategies/dense.py", "Lapack.triplets", "svd"): LIBRARY,
     ("strategies/linear.py", "divisor_of", "sum"): FRACTIONS,
-    ("strategies/spherical.py", "arc", "sum"): FRACTIONS,
     ("resolve/engine.py", "_entry", "id"): TOGETHER,
     ("resolve/engine.py", "_Engine.copy", "id"): TOGETHER,
     ("resolve/engine.py", "_hashed", "id"): TOGETHER,
