@@ -21,9 +21,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from crdtmerge import strict_json
 from crdtmerge.errors import InputError, OutputError
 from crdtmerge.strategies.protocol import Plan
-from crdtmerge.weights import strict_json
 
 FORMAT = "crdtmerge/plan/1"
 

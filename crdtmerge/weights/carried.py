@@ -15,9 +15,8 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from crdtmerge import limits
+from crdtmerge import limits, strict_json
 from crdtmerge.errors import CheckpointError, some
-from crdtmerge.weights import strict_json
 from crdtmerge.weights.descriptors import open_file
 from crdtmerge.weights.links import lead
 from crdtmerge.weights.tensorfile import read_at

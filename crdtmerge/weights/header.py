@@ -20,11 +20,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from crdtmerge import limits
+from crdtmerge import limits, strict_json
 from crdtmerge.errors import HeaderError
 from crdtmerge.numerics.dtypes import DTYPES, DType
-from crdtmerge.weights import strict_json
-from crdtmerge.weights.strict_json import Refuse
+from crdtmerge.strict_json import Refuse
 
 LENGTH_BYTES = 8
 """A file begins with the header's length, little-endian."""

@@ -14,9 +14,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
-from crdtmerge import limits
+from crdtmerge import limits, strict_json
 from crdtmerge.errors import CheckpointError, some
-from crdtmerge.weights import strict_json
 
 _SHARD = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 _FILE_NAME_BYTES_MAX = 255

@@ -15,9 +15,8 @@ import shutil
 import stat
 from pathlib import Path
 
-from crdtmerge import limits
+from crdtmerge import limits, strict_json
 from crdtmerge.errors import InputError, OutputError, some
-from crdtmerge.weights import strict_json
 from crdtmerge.weights.carried import CARRIED_NAMES
 from crdtmerge.weights.layout import INDEX_NAME
 

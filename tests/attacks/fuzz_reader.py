@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from crdtmerge.errors import CrdtMergeError, InputError
 from crdtmerge.numerics.workers import Workers
+from crdtmerge.strict_json import parse
 from crdtmerge.weights.carried import carried_files
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import digest_checkpoint
-from crdtmerge.weights.strict_json import parse
 from crdtmerge.weights.tensorfile import TensorFile
 from tests.attacks.malformed_bytes import valid_file
 

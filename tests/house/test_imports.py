@@ -15,8 +15,9 @@ import crdtmerge
 PACKAGE = Path(crdtmerge.__file__).parent
 ROOMS = (
     ("errors", "limits", "canonical"),
-    ("recipe", "keys"),
+    ("recipe", "keys", "strict_json"),
     ("numerics",),
+    ("symmetry",),
     ("strategies",),
     ("weights",),
     ("programs",),
@@ -25,6 +26,7 @@ ROOMS = (
     ("store",),
     ("state", "pool"),
     ("gossip",),
+    ("train",),
     ("testing",),
     ("cli",),
 )
