@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from crdtmerge.errors import NonFiniteError, UsageError
-from crdtmerge.numerics.decompositions import EPSILON, SIDE_MAX, signs_of, svd
+from crdtmerge.numerics.decompositions import EPSILON, SIDE_MAX, right_vectors, signs_of, svd
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.products import Matrix, matmul
 from crdtmerge.strategies.linear import divisor_of
@@ -44,6 +44,10 @@ class Algebra(Protocol):
         """u, s > 0 descending, vt of a = u diag(s) vt to the numerical rank; signs as in ``decompositions.svd``."""
         ...
 
+    def space(self, a: Matrix) -> tuple[Matrix, Matrix]:
+        """s and vt alone; signs as in ``decompositions.right_vectors``."""
+        ...
+
 
 class Exact:
     """The same bits on every machine: ``numerics.products`` and ``numerics.decompositions``."""
@@ -59,6 +63,11 @@ class Exact:
         """The decomposition by Jacobi rotations. Raises NonFiniteError."""
         require_finite(a, self._tensor)
         return svd(a)
+
+    def space(self, a: Matrix) -> tuple[Matrix, Matrix]:
+        """s and vt by Jacobi rotations. Raises NonFiniteError."""
+        require_finite(a, self._tensor)
+        return right_vectors(a)
 
 
 class Lapack:
@@ -79,6 +88,11 @@ class Lapack:
         rank = int(np.count_nonzero(s > (s[0] if len(s) else 0.0) * max(a.shape) * EPSILON))
         signs = signs_of(u[:, :rank])
         return u[:, :rank] * signs, s[:rank], vt[:rank] * signs[:, None]
+
+    def space(self, a: Matrix) -> tuple[Matrix, Matrix]:
+        """s and vt by LAPACK's gesdd. Raises NonFiniteError."""
+        _, s, vt = self.triplets(a)
+        return s, vt * signs_of(vt.T)[:, None]
 
 
 def algebra_of(dense: str, tensor: str) -> Algebra:

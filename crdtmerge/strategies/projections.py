@@ -112,7 +112,7 @@ class Wudi(DenseStrategy[FlowParameters]):
         terms = [(tau, w / size) for tau, w, size in zip(taus, u.weights(), sizes, strict=True) if size > 0 and w > 0]
         if not terms:
             return scaled(start, np.array([e]))
-        _, s, vt = algebra.triplets(np.concatenate([tau * math.sqrt(c) for tau, c in terms], axis=0))
+        s, vt = algebra.space(np.concatenate([tau * math.sqrt(c) for tau, c in terms], axis=0))
         rates = s * s
         # in the basis of V: what R and tau(0) are there
         goal = np.zeros((len(start), len(s)))
@@ -188,10 +188,10 @@ def merged(taus: Sequence[Matrix], a: Sequence[float], start: Matrix, p: DualPar
     e, left = np.zeros((out, 0)), np.zeros(0)
     f, right = np.zeros((0, rest)), np.zeros(0)
     if p.space != "v":
-        e, s, _ = algebra.triplets(np.concatenate(rooted, axis=1))
-        left = s * s
+        s, et = algebra.space(np.concatenate(rooted, axis=1).T)
+        e, left = et.T, s * s
     if p.space != "u":
-        _, s, f = algebra.triplets(np.concatenate(rooted, axis=0))
+        s, f = algebra.space(np.concatenate(rooted, axis=0))
         right = s * s
     fastest = (left[0] if len(left) else 0.0) + (right[0] if len(right) else 0.0)
     if not fastest > 0.0:
@@ -224,9 +224,9 @@ def leading(tau: Matrix, energy: Decimal, algebra: Algebra) -> Matrix:
     """A matrix's best approximation with a share of its sum of squares."""
     if energy == 1:
         return tau
-    u, s, vt = algebra.triplets(tau)
+    s, vt = algebra.space(tau)
     r = covering((s * s).tolist(), energy)
-    return algebra.product(u[:, :r] * s[:r], vt[:r])
+    return algebra.product(algebra.product(tau, vt[:r].T), vt[:r])
 
 
 class SafeParameters(WithLambda):

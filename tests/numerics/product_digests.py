@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from crdtmerge.numerics.decompositions import cholesky_solve, eigh, svd
+from crdtmerge.numerics.decompositions import cholesky_solve, eigh, right_vectors, svd
 from crdtmerge.numerics.elementary import exp, log
 from crdtmerge.numerics.products import gram, matmul
 
@@ -25,6 +25,7 @@ def digests() -> dict[str, str]:
         "gram": [g],
         "cholesky": [cholesky_solve(g, b[:150])],
         "svd": svd(wide),
+        "right_vectors": right_vectors(wide.T),
         "eigh": eigh(g[:70, :70]),
         "elementary": [exp(b), log(np.abs(a))],
         "library": [a @ b],

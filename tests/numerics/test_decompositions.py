@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from crdtmerge.numerics import decompositions, elementary, fused
-from crdtmerge.numerics.decompositions import cholesky, cholesky_solve, eigh, pivoted_qr, svd
+from crdtmerge.numerics.decompositions import cholesky, cholesky_solve, eigh, pivoted_qr, right_vectors, svd
 from crdtmerge.numerics.products import gram
 from tests.numerics.examples import examples
 
@@ -55,6 +55,21 @@ def test_singular_values_and_vectors_are_what_they_must_be(shape: tuple[int, int
         assert (s > 0).all(), kind
         largest = abs(u).argmax(axis=0)
         assert (u[largest, np.arange(r)] > 0).all(), kind
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_right_vectors_alone_span_what_those_of_the_whole_do(shape: tuple[int, int]) -> None:
+    for kind, a in kinds(shape, 6).items():
+        s, vt = right_vectors(a)
+        _, wanted, wanted_vt = svd(a)
+        scale = float(wanted[0])
+        assert len(s) == len(wanted), kind
+        assert abs(s - wanted).max() < 1e-14 * scale, kind
+        assert abs(vt @ vt.T - np.eye(len(s))).max() < 3e-14, kind
+        found, same = (vt.T * (s / scale) ** 2) @ vt, (wanted_vt.T * (wanted / scale) ** 2) @ wanted_vt
+        assert abs(found - same).max() < 1e-13, kind
+        largest = abs(vt).argmax(axis=1)
+        assert (vt[np.arange(len(s)), largest] > 0).all(), kind
 
 
 def test_the_rank_is_that_of_the_matrix() -> None:

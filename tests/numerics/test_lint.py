@@ -22,7 +22,7 @@ MAGNITUDES = "of magnitudes, which have no signed zeros: the order of bit patter
 LIBRARY = "class P, asked for by dense=lapack"
 
 ALLOWED = {
-    ("numerics/decompositions.py", "_tall_svd", "max"): MAGNITUDES,
+    ("numerics/decompositions.py", "_triangular", "max"): MAGNITUDES,
     ("numerics/decompositions.py", "eigh", "max"): MAGNITUDES,
     ("numerics/decompositions.py", "_moderate", "max"): MAGNITUDES,
     ("numerics/decompositions.py", "signs_of", "argmax"): "of magnitudes: the first of equal ones, as numpy promises",
