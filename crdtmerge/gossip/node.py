@@ -68,7 +68,7 @@ class Node:
         insecure: plain HTTP also beyond loopback.
         period: seconds between two sessions, about.
         status: ``HOST:PORT`` of its page, over plain HTTP.
-        key_quota: bytes of tensors that are fetched of one key's contributions.
+        key_quota: bytes of one key's contributions that are fetched: tensors, statistics and files.
     """
 
     def __init__(
@@ -274,7 +274,7 @@ class Node:
                 self.fetching = None
             self._learn(fetched)
             self.warnings = {name: said for name, said in self.warnings.items() if not name.startswith("quota ")} | {
-                f"quota {key.hex()}": f"{count} contributions of {key.hex()[:16]} are over its quota and not fetched."
+                f"quota {key.hex()}": f"{count} contents or files of {key.hex()[:16]} are over its quota and not taken."
                 for key, count in self.receiving.over_quota.items()
             }
             if self.merged:

@@ -165,7 +165,8 @@ class Room:
 
         op = self.opset.compose(self.own_key(), Incarnation(self.database, self.author).for_next(), payload)
         missing = self.opset.accept(op, manifest)
-        assert missing is None, "an operation composed here lacks nothing"
+        if missing is not None:
+            raise DatabaseError("the set names an operation that it lacks: it is damaged. Run `crdtmerge fsck --mend`.")
         self._took([op], {})
         return op
 

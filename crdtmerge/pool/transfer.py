@@ -7,7 +7,7 @@ of its bytes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from crdtmerge import limits
 from crdtmerge.errors import FalsePeerError, InputError
 from crdtmerge.numerics.dtypes import DTYPES, DType
+from crdtmerge.pool.key_quota import KeyQuota
 from crdtmerge.pool.room import Room
 from crdtmerge.replica.contribution import Manifest
 from crdtmerge.store.blobs import Blob, Staging
@@ -109,9 +110,7 @@ class Receiving:
     """What a replica takes, while in the context; a lease keeps what arrives from being collected."""
 
     def __init__(self, room: Room, key_quota: int | None = None) -> None:
-        self._room, self._key_quota = room, key_quota
-        self.over_quota: dict[bytes, int] = {}
-        """Keys of which not all contents are taken, and how many are not."""
+        self._room, self._key_quota = room, KeyQuota(room, key_quota)
         self._lease = Lease(room.database)
         self._partials = Partials(room.blobs, room.quota)
         self._needs: dict[bytes, set[bytes]] = {}
@@ -130,11 +129,16 @@ class Receiving:
         finally:
             self._lease.__exit__(kind, error, trace)
 
+    @property
+    def over_quota(self) -> Mapping[bytes, int]:
+        """Keys of which not all is taken, and how many contents, statistics and files are not."""
+        return dict(self._key_quota.over)
+
     def lacking(self) -> Lacking:
         """What contents with a live ADD need, and the base, and is not here; not what is over its author's quota."""
         opset, genesis = self._room.opset, self._room.genesis
         ready = self._room.ready()
-        contents = [*([genesis.base] if genesis.base else []), *self._within_quota(opset.held())]
+        contents = [*([genesis.base] if genesis.base else []), *self._key_quota.contents(opset.held())]
         tensors: dict[bytes, Want] = {}
         self._needs.clear()
         for content in contents:
@@ -146,26 +150,9 @@ class Receiving:
             self._needs[content] = {want.digest for want in wants}
             if not wants:
                 self._mark([content])
-        files = sorted(opset.attached() | set(genesis.files.values()))
+        files = sorted(self._key_quota.files() | set(genesis.files.values()))
         base = genesis.base if genesis.base and self._room.manifest(genesis.base) is None else None
         return Lacking(list(tensors.values()), [one for one in files if self._room.blobs.get(one) is None], base)
-
-    def _within_quota(self, contents: list[bytes]) -> list[bytes]:
-        """The contents whose first author has not too many bytes here with them; one's own count for nothing."""
-        self.over_quota.clear()
-        if self._key_quota is None:
-            return contents
-        own, used, within = self._room.author, dict[bytes, int](), []
-        firsts = {content: min(self._room.opset.live(content), key=lambda op: op.order) for content in contents}
-        for content in sorted(contents, key=lambda content: firsts[content].order):
-            author, manifest = firsts[content].author, self._room.manifest(content)
-            nbytes = sum(want.nbytes for want in _wants(manifest)) if manifest else 0
-            if author != own and used.get(author, 0) + nbytes > self._key_quota:
-                self.over_quota[author] = self.over_quota.get(author, 0) + 1
-                continue
-            used[author] = used.get(author, 0) + nbytes
-            within.append(content)
-        return within
 
     def needed_by(self, digest: bytes) -> bytes | None:
         """A content that lacks a tensor."""
@@ -241,9 +228,11 @@ class Receiving:
         self._arrived(want.digest for want, *_ in checked)
 
     def keep_file(self, digest: bytes, data: bytes) -> None:
-        """Keep a carried file. Raises FalsePeerError for wrong bytes, StorageError."""
+        """Keep a file, unless it is over its author's quota. Raises FalsePeerError for wrong bytes, StorageError."""
         if hashlib.sha256(data).digest() != digest:
             raise FalsePeerError(f"file {digest.hex()} holds other bytes than its name says.")
+        if not self._key_quota.takes(digest, len(data)):
+            return
         self._lease.hold([digest])
         with self._room.blobs.staging() as staging:
             staging.file(data)

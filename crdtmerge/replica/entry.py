@@ -8,6 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from crdtmerge.canonical import decimal_text
+from crdtmerge.errors import DatabaseError
 from crdtmerge.replica.contribution import Claim, leaf
 from crdtmerge.replica.op import Add, Op
 
@@ -51,10 +52,13 @@ class Entry:
 
     @classmethod
     def of_value(cls, identity: bytes, value: tuple[Any, ...]) -> Entry:
-        """The entry of a table's value."""
-        weight, role, task, stats, kind, adders, files, note = value
-        exact = _ONE if weight == "1" else Decimal(weight)
-        return cls(identity, Claim(exact, role, task, dict(stats)), kind, adders, dict(files), note)
+        """The entry of a table's value. Raises DatabaseError for one that is damaged."""
+        try:
+            weight, role, task, stats, kind, adders, files, note = value
+            exact = _ONE if weight == "1" else Decimal(weight)
+            return cls(identity, Claim(exact, role, task, dict(stats)), kind, adders, dict(files), note)
+        except (ValueError, TypeError, ArithmeticError) as fault:
+            raise DatabaseError("a row of the table visible is damaged. Run `crdtmerge fsck --mend`.") from fault
 
 
 def spoken_of(content: bytes, kind: str, adds: Iterable[Op]) -> Entry:

@@ -18,7 +18,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+from crdtmerge.errors import DatabaseError
 from crdtmerge.replica.tables import Tables
+
+LAST = 7
+"""The greatest octal digit."""
+
+DAMAGED = "a row of a trie is damaged. Run `crdtmerge fsck --mend`."
 
 TABLE = "nodes"
 EMPTY = hashlib.sha256(b"\2").digest()
@@ -221,7 +227,14 @@ class Tries:
         return _standing_for(page)
 
     def _page(self, prefix: bytes) -> list[Child]:
-        return list(map(Child._make, ROW.iter_unpack(self._tables.get(TABLE, prefix) or b"")))
+        """The children on a page. Raises DatabaseError for a page that is damaged."""
+        try:
+            page = list(map(Child._make, ROW.iter_unpack(self._tables.get(TABLE, prefix) or b"")))
+        except (struct.error, TypeError) as fault:
+            raise DatabaseError(DAMAGED) from fault
+        if any(child.digit > LAST for child in page):
+            raise DatabaseError(DAMAGED)
+        return page
 
 
 def _standing_for(page: Sequence[Child]) -> Child:

@@ -14,8 +14,9 @@ SIGN = {"BF16": 0x8000, "F16": 0x8000, "F32": 0x80000000, "F64": 0x8000000000000
 
 def exponent(x: Fraction) -> int:
     """The largest e with 2^e <= |x|, for x that is not zero."""
-    guess = abs(x.numerator).bit_length() - x.denominator.bit_length()
-    return guess if Fraction(2) ** guess <= abs(x) else guess - 1
+    top, bottom = abs(x.numerator), x.denominator
+    guess = top.bit_length() - bottom.bit_length()
+    return guess if bottom << max(guess, 0) <= top << max(-guess, 0) else guess - 1
 
 
 def pattern(x: float, dtype: str) -> int:
@@ -31,7 +32,10 @@ def magnitude(x: Fraction, dtype: str) -> int:
     precision, smallest = FORMATS[dtype]
     lowest = smallest - (precision - 1)
     unit = max(exponent(x) - (precision - 1), lowest)
-    return min(((unit - lowest) << (precision - 1)) + round(x / Fraction(2) ** unit), INFINITY[dtype])
+    bottom = x.denominator << max(unit, 0)
+    steps, left = divmod(x.numerator << max(-unit, 0), bottom)
+    steps += 2 * left > bottom or (2 * left == bottom and steps % 2)
+    return min(((unit - lowest) << (precision - 1)) + steps, INFINITY[dtype])
 
 
 def value(bits: int, dtype: str) -> float:
