@@ -8,6 +8,8 @@
 projection [heads * width, d] are ``[[heads, width], [d]]``. An axis is a tensor, the position of one factor among all
 of its factors, and 1 where the tensor consumes what the group's units give out (the columns of a linear layer), 0 where
 it makes or scales it. A permutation of a group reorders all its axes at once; the network computes the same as before.
+Where parameters are one under several names there is ``"tied": [["embedding.weight", "head.weight"]]`` too: a model may
+lack some of those.
 
 RULES
 1. A permutation p is a list of indices: what was at p[i] comes to i.
@@ -79,6 +81,7 @@ class Symmetry:
 
     groups: tuple[Group, ...]
     tensors: Mapping[str, tuple[tuple[int, ...], ...]]
+    tied: tuple[tuple[str, ...], ...] = ()
 
     def encode(self) -> bytes:
         """The one text of the symmetry."""
@@ -89,7 +92,7 @@ class Symmetry:
                 for group in self.groups
             ],
             "tensors": {name: [list(factors) for factors in dims] for name, dims in self.tensors.items()},
-        }
+        } | ({"tied": [list(names) for names in self.tied]} if self.tied else {})
         return (json.dumps(table, sort_keys=True, separators=(",", ":"), ensure_ascii=True) + "\n").encode()
 
     @property
@@ -111,10 +114,12 @@ class Symmetry:
         return tuple(size for dimension in self.tensors[name] for size in dimension)
 
     def check_fits(self, shapes: Mapping[str, Sequence[int]], label: str) -> None:
-        """Raise MismatchError unless a model has every tensor of the symmetry in its shape."""
+        """Raise MismatchError unless a model has every tensor of the symmetry in its shape, of tied ones one."""
         for name, dims in self.tensors.items():
             shape = [math.prod(factors) for factors in dims]
             if name not in shapes:
+                if any(name in names and any(other in shapes for other in names) for names in self.tied):
+                    continue
                 raise MismatchError(
                     f"the symmetry reorders {name!a}, which {label} lacks. Derive it from a program whose parameters "
                     "have the checkpoint's names (crdtmerge symmetry --program P.pt2)."
@@ -124,6 +129,14 @@ class Symmetry:
                     f"tensor {name!a} has shape {list(shapes[name])} in {label}; the symmetry is of one with shape "
                     f"{shape}. Derive it from a program of the same architecture."
                 )
+
+    def fitted(self, shapes: Mapping[str, Sequence[int]], label: str) -> Symmetry:
+        """The symmetry without the tied tensors that a model lacks. Raises MismatchError as ``check_fits`` does."""
+        self.check_fits(shapes, label)
+        if all(name in shapes for name in self.tensors):
+            return self
+        groups = tuple(Group(g.size, tuple(axis for axis in g.axes if axis.tensor in shapes)) for g in self.groups)
+        return Symmetry(groups, {name: dims for name, dims in self.tensors.items() if name in shapes})
 
     def turned(self, name: str, x: Array, permutations: Sequence[Permutation]) -> Array:
         """A tensor reordered by one permutation a group, in the shape that it has; itself if no group has it."""
@@ -163,11 +176,11 @@ def decode(data: bytes, where: str) -> Symmetry:
     if table.get("format") != FORMAT:
         raise InputError(f"{where}: is no symmetry: format is {table.get('format')!a:.80}, not {FORMAT}.")
     try:
-        if set(table) != {"format", "groups", "tensors"}:
-            raise ValueError("other fields than format, groups and tensors")
+        if set(table) - {"tied"} != {"format", "groups", "tensors"}:
+            raise ValueError("other fields than format, groups, tensors and tied")
         tensors = {name: tuple(tuple(_sizes(d)) for d in dims) for name, dims in dict(table["tensors"]).items()}
         groups = tuple(_group(one) for one in table["groups"])
-        found = Symmetry(groups, tensors)
+        found = Symmetry(groups, tensors, tuple(tuple(names) for names in table.get("tied", ())))
         _check(found)
         if found.encode() != data:
             raise ValueError("not the one text of what it says")
@@ -185,20 +198,26 @@ def _group(table: Any) -> Group:
 
 
 def _sizes(given: Any) -> list[int]:
-    if not isinstance(given, list) or any(type(size) is not int or size < 1 for size in given):
-        raise ValueError("sizes are lists of numbers from 1 on")
+    if not isinstance(given, list) or not given or any(type(size) is not int or size < 1 for size in given):
+        raise ValueError("sizes are lists of one or more numbers from 1 on")
     return given
 
 
 def _check(found: Symmetry) -> None:
     """Raise ValueError for what breaks rule 3."""
     seen: set[tuple[str, int]] = set()
+    factors = {name: found.factors(name) for name in found.tensors}
+    names = [name for names in found.tied for name in names]
+    if len(set(names)) != len(names) or not set(names) <= set(factors) or any(len(one) < 2 for one in found.tied):
+        raise ValueError("tied tensors are two or more of the symmetry's, each in one list")
     for group in found.groups:
         if group.size < 2 or not group.axes:
             raise ValueError("a group of fewer than two elements, or of no axes")
         for axis in group.axes:
-            factors = found.factors(axis.tensor)
-            if not 0 <= axis.position < len(factors) or factors[axis.position] != group.size:
+            sizes = factors[axis.tensor]
+            if type(axis.position) is not int or not 0 <= axis.position < len(sizes):
+                raise ValueError(f"{axis.tensor!a} has no axis {axis.position!a:.20}")
+            if sizes[axis.position] != group.size:
                 raise ValueError(f"{axis.tensor!a} has no axis of size {group.size} at {axis.position}")
             if axis[:2] in seen:
                 raise ValueError(f"{axis.tensor!a} has the axis {axis.position} in two groups")
