@@ -40,10 +40,13 @@ class Recipe:
     ``seed`` is ``"root"`` (drawn from the Merkle root of the contributions) or an integer in [0, 2^64). ``dtype`` is
     the output's (a safetensors name) or None for the inputs' own. ``missing`` says what to do with tensors that some
     inputs lack, ``exclude`` holds globs of tensors that are copied instead of merged. ``inputs`` names what else is
-    read, by digest: further models, programs, batches, a plan.
+    read, by digest: further models, programs, batches, a plan. With ``align`` (weights or activations) the strategy is
+    that inside ``aligned``, which brings the units of all models into one order first.
 
     >>> Recipe("ties", density=0.2).params
     {'density': 0.2}
+    >>> Recipe("ties", density=0.2, align="weights")
+    Recipe('aligned', inner='ties', settings={'density': 0.2}, method='weights')
     """
 
     def __init__(
@@ -58,8 +61,11 @@ class Recipe:
         exclude: Sequence[str] = (),
         allow_nonfinite: bool = False,
         inputs: Mapping[str, bytes] | None = None,
+        align: str | None = None,
         **params: Any,
     ) -> None:
+        if align is not None:
+            strategy, params = "aligned", {"inner": strategy, "settings": params, "method": align}
         self.inputs: dict[str, bytes] = dict(sorted((inputs or {}).items()))
         self.strategy, self.version, self.base, self.dtype = strategy, version, base, dtype
         self.seed = _seed(seed)
@@ -75,7 +81,10 @@ class Recipe:
     def of(cls, strategy: str, params: Mapping[str, Any], **options: Any) -> Recipe:
         """The same with the strategy's parameters apart from the recipe's own options, so that no name can clash."""
         recipe = cls(strategy, **options)
-        recipe.params = dict(params)
+        if options.get("align") is not None:
+            recipe.params["settings"] = dict(params)
+        else:
+            recipe.params = dict(params)
         return recipe
 
     def completed(

@@ -1,6 +1,6 @@
 """The process that runs a program: reads messages on standard input, answers on standard output, ends with its parent.
 
-    {"do": "open", "program": path, "digest": ..., "device": ...}     -> {"say": "ready"}
+    {"do": "open", "program": path, "digest": ..., "device": ..., "memory": bytes}    -> {"say": "ready"}
     {"do": "keep", "group": name} + tensors                           -> nothing
     {"do": "run", "job": name, "params": {...}, "groups": {...}}      -> {"say": "progress" | "state" | "done"}
 
@@ -19,7 +19,10 @@ from types import TracebackType
 from typing import IO, Any
 
 from crdtmerge.errors import CrdtMergeError
+from crdtmerge.programs.bounds import bound_memory, out_of_memory
 from crdtmerge.programs.messages import receive, send
+
+MEMORY = "the program needs more memory than there is; give it less data, or run it on a larger machine"
 
 
 def main() -> None:
@@ -36,17 +39,18 @@ def main() -> None:
             server.handle(head, tensors)
         except CrdtMergeError as error:
             send(answers, {"say": "error", "kind": type(error).__name__, "message": str(error)})
-        except MemoryError:
-            send(
-                answers,
-                {"say": "error", "kind": "InputError", "message": "the program needs more memory than there is."},
-            )
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            send(answers, {"say": "error", "kind": "InputError", "message": f"{MEMORY}: {error}"})
 
 
 def _read(stream: IO[bytes], requests: queue.SimpleQueue[Any]) -> None:
     try:
         while (message := receive(stream)) is not None:
             requests.put(message)
+    except MemoryError:
+        sys.stderr.write(f"{MEMORY}.\n")
     finally:
         os._exit(0)
 
@@ -87,13 +91,13 @@ class _Server:
         if head["do"] == "open":
             from crdtmerge.programs.exported import Program
 
+            if head["device"] == "cpu":  # the driver of a GPU maps memory as it likes
+                bound_memory(head["memory"])
             self._program = Program(head["program"], head["digest"], head["device"])
             send(self._answers, {"say": "ready"})
         elif head["do"] == "keep":
-            if head["anew"]:
-                self._groups[head["group"]] = {}
-            moved = {name: x.to(self._program.device) for name, x in tensors.items()}
-            self._groups[head["group"]] |= moved
+            held = {} if head["anew"] else self._groups.get(head["group"], {})
+            self._groups[head["group"]] = held | {name: x.to(self._program.device) for name, x in tensors.items()}
         else:
             self._run(head, tensors)
 
@@ -101,6 +105,7 @@ class _Server:
         from crdtmerge.programs.context import Context, Saved
         from crdtmerge.programs.exported import batches
         from crdtmerge.programs.jobs import job
+        from crdtmerge.programs.runner import dataless
 
         def progress(done: int, total: int) -> None:
             send(self._answers, {"say": "progress", "done": done, "total": total})
@@ -108,11 +113,11 @@ class _Server:
         def save(step: int, state: Any) -> None:
             send(self._answers, {"say": "state", "step": step}, state)
 
-        if self._fed is None:
+        if self._fed is None and ("data" in self._groups or not dataless(head["params"])):
             self._fed = batches(self._groups.get("data", {}), self._program)
         context = Context(
             self._program,
-            self._fed,
+            self._fed or {},
             {name: self._groups[name] for name in head["groups"]},
             head["params"],
             progress,

@@ -17,11 +17,15 @@ import torch
 
 from crdtmerge.errors import InputError, MismatchError, NeedsError, some
 from crdtmerge.programs.archive import PROGRAM_BYTES_MAX, cleaned
+from crdtmerge.programs.bounds import out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Tensors = Mapping[str, "Tensor"]
+
+Visit = Callable[["torch.fx.Node", Any, tuple[Any, ...]], Any]
+"""What looks at a call of the graph: the node, its value, its arguments' values; gives back the value or another."""
 
 _NAME = re.compile(r"(?:(?P<task>.+)\.)?(?P<which>inputs(?:\.\d+)?|labels)")
 
@@ -42,20 +46,21 @@ class Program:
     def __init__(self, path: str, digest: str, device: str = "cpu") -> None:
         """Read, compare with the digest, clean and load. Raises InputError, MismatchError."""
         self.device = torch.device(device)
-        exported = _loaded(_bytes(path, digest))
+        self.exported = exported = _loaded(_bytes(path, digest))
         kinds = torch.export.graph_signature.InputKind
         specs = exported.graph_signature.input_specs
         outputs = exported.graph_signature.output_specs
-        self._graph: torch.fx.GraphModule = exported.graph_module
+        self.graph: torch.fx.GraphModule = exported.graph_module
         self._order = [(spec.kind, spec.target) for spec in specs]
         self._placeholder = {spec.arg.name: spec.target for spec in specs if spec.kind == kinds.PARAMETER}
+        self._buffer = {spec.arg.name: spec.target for spec in specs if spec.kind == kinds.BUFFER}
         self._user = [i for i, (kind, _) in enumerate(self._order) if kind == kinds.USER_INPUT]
         self._outputs = [
             i for i, s in enumerate(outputs) if s.kind == torch.export.graph_signature.OutputKind.USER_OUTPUT
         ]
         if len(self._outputs) < len(outputs):
             raise InputError("the program changes its own buffers: export it in evaluation mode (module.eval()).")
-        _refuse_dropout(self._graph)
+        _refuse_dropout(self.graph)
         held = {**exported.constants, **exported.state_dict}
         self._own = {name: x.detach().to(self.device) for name, x in held.items() if isinstance(x, torch.Tensor)}
         self.parameters = [target for kind, target in self._order if kind == kinds.PARAMETER and target]
@@ -115,23 +120,68 @@ class Program:
 
     def __call__(self, tensors: Tensors, inputs: Sequence[Tensor]) -> Tensor:
         """The program's first output. Raises MismatchError where a batch does not fit it."""
-        return self._guarded(lambda: self._graph(*self._flat(tensors, inputs)))
+        return self._guarded(lambda: self.graph(*self._flat(tensors, inputs)))
 
     def watched(self, tensors: Tensors, inputs: Sequence[Tensor]) -> tuple[Tensor, list[Layer]]:
         """The first output, and every linear and convolution layer in the order of the calls."""
-        watcher = _Watcher(self._graph, self._placeholder)
+        watcher = _Watcher(self.graph, self._placeholder)
         return self._guarded(lambda: watcher.run(*self._flat(tensors, inputs))), watcher.layers
 
+    def visited(self, tensors: Tensors, inputs: Sequence[Tensor], visit: Visit, last: str | None = None) -> None:
+        """Run with ``visit`` looking at every call's value, up to the node called ``last``. Raises MismatchError.
+
+        ``visit(node, value, arguments)`` gives back the value, or another that takes its place.
+        """
+        visitor = _Visitor(self.graph, visit, last)
+        self._fitting(lambda: visitor.run(*self._flat(tensors, inputs)))
+
+    def target(self, node: Any) -> str | None:
+        """The parameter or buffer that a node of the graph stands for, if it stands for one."""
+        if not isinstance(node, torch.fx.Node):
+            return None
+        return self._placeholder.get(node.name) or self._buffer.get(node.name)
+
+    def alone(self, name: str) -> bool:
+        """Whether a tensor is used once: by one call, under one name."""
+        places = {target: at for at, target in (self._placeholder | self._buffer).items()}
+        node = next(n for n in self.graph.graph.nodes if n.name == places[name])
+        return len(node.users) == 1 and len(self._same.get(name, ())) < 2
+
     def _guarded(self, run: Callable[[], Any]) -> Tensor:
+        found = self._fitting(run)
+        out = found[self._outputs[0]] if isinstance(found, tuple | list) else found
+        assert isinstance(out, torch.Tensor), "a program's first output is a tensor"
+        return out
+
+    def _fitting(self, run: Callable[[], Any]) -> Any:
         try:
-            found = run()
+            return run()
         except (RuntimeError, AssertionError, TypeError, IndexError, ValueError) as fault:
+            if out_of_memory(fault):
+                raise
             raise MismatchError(
                 f"the program cannot be run with this data ({str(fault).strip().splitlines()[0][:200]}). Export it "
                 "with a dynamic batch dimension, and give inputs of its dtype and shape."
             ) from fault
-        out = found[self._outputs[0]] if isinstance(found, tuple | list) else found
-        assert isinstance(out, torch.Tensor), "a program's first output is a tensor"
+
+
+def kind_of(node: torch.fx.Node) -> str:
+    """The name of the operator that a node calls: linear, conv2d, batch_norm; "" for what is no call."""
+    return str(node.target).partition(".")[2].partition(".")[0] if node.op == "call_function" else ""
+
+
+class _Visitor(torch.fx.Interpreter):
+    def __init__(self, graph: torch.fx.GraphModule, visit: Visit, last: str | None) -> None:
+        super().__init__(graph, garbage_collect_values=True)
+        self._visit, self._last, self._over = visit, last, False
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if self._over:
+            return None
+        out = super().run_node(n)
+        if n.op == "call_function":
+            out = self._visit(n, out, self.fetch_args_kwargs_from_env(n)[0])
+        self._over = n.name == self._last
         return out
 
 
@@ -143,7 +193,7 @@ class _Watcher(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         out = super().run_node(n)
-        kind = str(n.target).partition(".")[2].partition(".")[0] if n.op == "call_function" else ""
+        kind = kind_of(n)
         if kind in ("linear", "conv1d", "conv2d", "conv3d") and isinstance(n.args[1], torch.fx.Node):
             weight = self._names.get(n.args[1].name)
             if weight:

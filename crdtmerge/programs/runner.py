@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 import crdtmerge
 from crdtmerge import errors
 from crdtmerge.errors import InputError
+from crdtmerge.programs.bounds import SILENCE_SECONDS, Patient, memory_here
 from crdtmerge.programs.messages import receive, send
 
 if TYPE_CHECKING:
@@ -39,11 +41,32 @@ class Ran(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
+def dataless(params: Mapping[str, Any]) -> bool:
+    """Whether a job with these parameters runs on inputs that it makes itself."""
+    return params.get("probe") == "noise"
+
+
 class Runner:
     """A process with a loaded program. It ends with this one, whatever this one dies of."""
 
-    def __init__(self, program: Path, digest: bytes, *, device: str = "cpu") -> None:
-        """Start the process and load the program there, if its digest is this. Raises InputError, MismatchError."""
+    def __init__(
+        self,
+        program: Path,
+        digest: bytes,
+        *,
+        device: str = "cpu",
+        memory: int | None = None,
+        silence: float = SILENCE_SECONDS,
+    ) -> None:
+        """Start the process and load the program there, if its digest is this. Raises InputError, MismatchError.
+
+        Args:
+            program: the file.
+            digest: its SHA-256.
+            device: where it runs.
+            memory: bytes that the process may take, on a CPU; by default all that this machine has.
+            silence: seconds between two of its messages, after which it is ended.
+        """
         self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "crdtmerge.programs.child"],
@@ -54,9 +77,11 @@ class Runner:
         )
         assert self._process.stdin is not None, "a pipe"
         assert self._process.stdout is not None, "a pipe"
-        self._requests, self._answers = self._process.stdin, self._process.stdout
+        self._requests, self._patient = self._process.stdin, Patient(self._process.stdout, silence)
+        self._answers = io.BufferedReader(self._patient)
         try:
-            self._send({"do": "open", "program": str(program.absolute()), "digest": digest.hex(), "device": device})
+            asked = {"digest": digest.hex(), "device": device, "memory": memory or memory_here()}
+            self._send({"do": "open", "program": str(program.absolute())} | asked)
             self._answer()
         except BaseException:
             self.close()
@@ -120,7 +145,14 @@ class Runner:
             raise self._gone() from None
 
     def _answer(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        answer = receive(self._answers)
+        try:
+            answer = receive(self._answers)
+        except TimeoutError:
+            self._process.kill()
+            raise InputError(
+                f"the program said nothing for {self._patient.seconds:g} seconds and was ended: it hangs, or a step "
+                "of it takes too long; give it less data, or run it on a faster device."
+            ) from None
         if answer is None:
             raise self._gone()
         head, tensors = answer

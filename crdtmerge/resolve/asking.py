@@ -88,13 +88,15 @@ def said_text(what: str, text: str | None, bytes_max: int) -> str | None:
 
 
 def recipe_of(strategy: str, params: Mapping[str, Any], **options: Any) -> tuple[Recipe, Any]:
-    """A recipe from a strategy's name and parameters; ``seed`` and ``t`` among them are not the strategy's own."""
+    """A recipe from a strategy's name and parameters; ``seed``, ``t`` and ``align`` are not the strategy's own."""
     own = dict(params)
     if "lambda_" in own:
         if "lambda" in own:
             raise UsageError("lambda is said twice, also as lambda_: give one of them.")
         own["lambda"] = own.pop("lambda_")
     seed, t = own.pop("seed", "root"), own.pop("t", None)
+    align = own.pop("align", None)
+    options["align"] = options.get("align") or align
     if options.get("dtype"):
         named = float_named(str(options["dtype"]))
         options["dtype"] = named.name if named else options["dtype"]

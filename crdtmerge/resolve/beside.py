@@ -42,8 +42,9 @@ COMMANDS = {"fisher": "fisher", "gram": "gram", "importance": "importance", "imp
 MADE_BY = {
     "program": ", the model as torch.export.export and torch.export.save write it",
     "data": ", a safetensors file with the tensor 'inputs' [examples, ...]",
+    "symmetry": ", what `crdtmerge symmetry --program P.pt2 -o F.json` writes for a program of the architecture",
 }
-"""What makes the files that running a model takes."""
+"""What makes the files that strategies take."""
 
 
 @dataclass(frozen=True)

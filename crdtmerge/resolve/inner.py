@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,7 +27,7 @@ from crdtmerge.numerics.fused import Kernels
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.programs.messages import receive, send, unpacked
-from crdtmerge.programs.runner import Runner
+from crdtmerge.programs.runner import Runner, dataless
 from crdtmerge.resolve.beside import MADE_BY, file_digest
 from crdtmerge.resolve.engine import Work, run
 from crdtmerge.resolve.fit import Copying, Merging
@@ -49,8 +49,9 @@ DATA_BYTES_MAX = 64 << 30
 
 @dataclass(frozen=True)
 class Running:
-    """How programs run: tensors that are not merged, digests of the inputs, who wants to know how far it is."""
+    """How programs run: in which merge, tensors that are not merged, the inputs' digests, who asks how far it is."""
 
+    merge: bytes = b""
     copying: Sequence[Copying] = ()
     digests: Mapping[str, bytes] = field(default_factory=dict)
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None
@@ -118,7 +119,7 @@ class Programs:
         models: Mapping[str, Inner],
     ) -> Ran:
         """Run a job. Raises NeedsError for a missing input, and what the job raises."""
-        runner = self._started()
+        runner = self._started(fed=not dataless(params))
         names = list(models)
         for group, inner in models.items():
             runner.keep(group, self._view.merged(self.inside(inner, rng)))
@@ -146,7 +147,7 @@ class Programs:
     def score(self, metric: str, inner: Inner, rng: Rng, done: tuple[int, int]) -> float:
         """The fitness of an inner merge; one that was computed before, for this very merge, is remembered."""
         if self._scores is None:
-            self._scores = _Scores(self._running.state, self._key("score", [rng.seed]))
+            self._scores = _Scores(self._running.state, self._key("score", []))
         key = digest("score", [metric, _plain(inner)]).hex()
         found = self._scores.get(key)
         if found is None:
@@ -166,13 +167,17 @@ class Programs:
             self._scores.close()
             self._scores = None
 
-    def _started(self) -> Runner:
+    def _started(self, *, fed: bool = True) -> Runner:
+        """The process; given the data, which must be there if it is to be fed."""
+        program = self._named("program")
+        if fed:
+            self._named("data")
         if self._runner is None:
-            program, data = self._named("program"), self._named("data")
-            batches = batches_of(data, self._running.digests.get("data"))
+            data = batches_of(self._files["data"], self._running.digests.get("data")) if "data" in self._files else None
             known = self._running.digests.get("program") or file_digest(program, "the program")
             self._runner = Runner(program, known, device=self._view.device)
-            self._runner.keep("data", batches)
+            if data is not None:
+                self._runner.keep("data", data)
             self._runner.keep(
                 "rest", {tensor.name: whole(tensor.source, tensor.name) for tensor in self._running.copying}
             )
@@ -184,16 +189,9 @@ class Programs:
         return self._files[name]
 
     def _key(self, kind: str, what: list[Any]) -> str:
-        """Names everything that a state depends on."""
-        tensors = [
-            [t.name, list(t.shape), [[m.id, decimal_text(m.weight), m.role, m.task] for m in t.meta]]
-            for t in self._tensors
-        ]
-        inputs = {
-            name: self._running.digests.get(name) or file_digest(path, name) for name, path in self._files.items()
-        }
-        build = f"torch {torch.__version__}"
-        return digest("state", [kind, build, inputs, tensors, *what]).hex()
+        """Names all that a state depends on; the merge's id covers contributions, base, inputs and parameters."""
+        build = f"torch {torch.__version__} {self._view.device}"
+        return digest("state", [kind, build, self._running.merge, *what]).hex()
 
 
 def _plain(value: Any) -> str:
@@ -264,47 +262,46 @@ class _Scores:
         self._found = self._read(key)
         self._file = None
         if self._path is not None:
-            self._file = self._path.open("a" if self._found is not None else "w")
-            if self._found is None:
-                self._write([key])
-        self._found = self._found or {}
+            put(self._path, "".join(map(_line, [(key,), *self._known()])).encode())
+            self._file = self._path.open("a")
 
     def get(self, candidate: str) -> float | None:
         """The score of a candidate, if it is known."""
-        return (self._found or {}).get(candidate)
+        return self._found.get(candidate)
 
     def add(self, candidate: str, score: float) -> None:
         """Remember a score."""
-        assert self._found is not None, "opened"
         self._found[candidate] = score
-        self._write([candidate, score.hex()])
+        if self._file is not None:
+            self._file.write(_line((candidate, score.hex())))
+            self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         if self._file is not None:
             self._file.close()
 
-    def _write(self, words: list[str]) -> None:
-        if self._file is not None:
-            self._file.write(" ".join(words) + "\n")
-            self._file.flush()
+    def _known(self) -> Iterator[tuple[str, str]]:
+        return ((candidate, score.hex()) for candidate, score in self._found.items())
 
-    def _read(self, key: str) -> dict[str, float] | None:
+    def _read(self, key: str) -> dict[str, float]:
         """The scores of this very merge; a last line that was cut off is not one of them."""
         try:
-            lines = self._path.read_text().split("\n")[:-1] if self._path else []
+            first, *lines = self._path.read_text().split("\n")[:-1] if self._path else [""]
         except (OSError, ValueError):
-            return None
-        if not lines or lines[0] != key:
-            return None
+            return {}
         found = {}
-        for line in lines[1:]:
+        for line in lines if first == key else ():
             candidate, _, score = line.partition(" ")
             try:
                 found[candidate] = float.fromhex(score)
             except ValueError:
                 continue
         return found
+
+
+def _line(words: Sequence[str]) -> str:
+    return " ".join(words) + "\n"
 
 
 def forget(state: Path) -> None:

@@ -128,7 +128,7 @@ def merge(
         exclude: globs of tensors that are copied (from the base, else the first in canonical order) instead of merged.
         allow_nonfinite: take NaN and infinity in the inputs; they propagate as IEEE 754 has it.
         threads, device, rehash: how it runs; never what comes out.
-        **params: the strategy's own, ``seed``, and ``t`` for two models.
+        **params: the strategy's own, ``seed``, ``t`` for two models, and ``align`` to bring units into one order first.
 
     Returns:
         A mapping of names to torch tensors, with ``receipt`` and ``save(path)``.

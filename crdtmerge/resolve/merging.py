@@ -220,7 +220,9 @@ class Merge:
             device=self.options.device,
             canonical_nan=self.recipe.allow_nonfinite,
             files=self._beside.files,
-            models=Running(self.copying, self._beside.digests, self.options.progress, self.options.state),
+            models=Running(
+                self.unplanned_id, self.copying, self._beside.digests, self.options.progress, self.options.state
+            ),
         )
 
     def recall(self, plan: Plan | None) -> None:

@@ -19,7 +19,9 @@ from crdtmerge.resolve.blocks import Reader, Rows, Span, compute_dtype, quiet_to
 from crdtmerge.resolve.cutting import Cutter, Group
 from crdtmerge.resolve.fit import Merging
 from crdtmerge.resolve.inner import NOTHING_RUNS, Inside, Programs, Running
+from crdtmerge.resolve.turned import turned_tensors
 from crdtmerge.strategies.protocol import Inner, Meta, Plan, Ran, Rng, Unit
+from crdtmerge.symmetry.groups import Permutation, Symmetry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,7 +114,12 @@ class TensorView:
             compute=compute,
             device=self.device,
             canonical_nan=self._canonical_nan,
+            files=self._files,
         )
+
+    def turned(self, symmetry: Symmetry, permutations: Mapping[bytes, Sequence[Permutation]]) -> TensorView:
+        """The same view with the contributions' units reordered, without programs."""
+        return self.over(turned_tensors(list(self._tensors.values()), symmetry, permutations), self._compute)
 
     def close(self) -> None:
         """End the process that ran programs, if there is one."""

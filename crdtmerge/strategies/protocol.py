@@ -27,6 +27,7 @@ from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.philox import Stream, stream
 from crdtmerge.numerics.programs import Program
 from crdtmerge.strategies.parameters import Parameters
+from crdtmerge.symmetry.groups import Permutation, Symmetry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -210,7 +211,7 @@ class View(Protocol):
         rng: Rng,
         models: Mapping[str, Inner] | None = None,
     ) -> Ran:
-        """Run a job of ``programs`` on the inputs ``program`` and ``data``, in a process of its own.
+        """Run a job of ``programs`` on the inputs ``program`` and ``data`` (unless it makes its own), in a process.
 
         ``groups`` makes of each whole tensor what each group of the job's tensors holds under its name; or it holds
         what is new in groups that an earlier run was given, and such a run is not taken up where it stopped.
@@ -220,6 +221,13 @@ class View(Protocol):
 
     def planned(self, inner: Inner, rng: Rng) -> Plan:
         """The plan of a merge inside this one, over the same tensors."""
+        ...
+
+    def turned(self, symmetry: Symmetry, permutations: Mapping[bytes, Sequence[Permutation]]) -> View:
+        """The same view with the units of each contribution reordered, by content id; its statistics too, not the base.
+
+        Without programs: nothing can be run on it.
+        """
         ...
 
     def score(self, metric: str, inner: Inner, rng: Rng, done: tuple[int, int]) -> float:

@@ -41,6 +41,8 @@ FAMILIES = {
     "geometry": ("model_stock", "weight_scope_alignment", "arcee_fusion"),
     "statistics": ("fisher_merge", "regression_mean", "led_merge"),
     "layerwise": ("regmean_plus_plus",),
+    "aligned": ("aligned", "dimat", "rebasin"),
+    "zipit": ("zipit",),
     "robust": (
         "median",
         "trimmed_mean",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,8 +18,11 @@ from crdtmerge.resolve.merging import combined
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
 from crdtmerge.strategies.protocol import Needs, Strategy
-from crdtmerge.testing.models import SHAPES, Maker, Model, Shapes, family, identity, model, statistics
+from crdtmerge.testing.models import SHAPES, Maker, Model, Shapes, family, identity, model, statistics, symmetry
 from crdtmerge.testing.prepared import Prepared
+
+SYMMETRY = "symmetry"
+"""The input that is made for any models."""
 
 FurtherModel = Callable[[Model], Model]
 """A further model, made from the base."""
@@ -33,6 +38,7 @@ class Material:
     roles: tuple[str, ...]
     stats: tuple[Mapping[str, Model], ...] = ()
     beside: Mapping[str, Model] = field(default_factory=dict)
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     def of(self, models: Sequence[Model], base: Model | None = None) -> Material:
         """The same with other models; the base stays unless one is given."""
@@ -80,7 +86,8 @@ class Case:
     def material(self, dtype: str = "F32", k: int | None = None, shapes: Shapes = SHAPES) -> Material:
         """Seeded models of a dtype. Raises NeedsError for a strategy that runs a program."""
         needs, k = self.needs, self.some if k is None else k
-        lacking = sorted(set(needs.inputs) - self.files.keys())
+        files = self.inputs_for(shapes)
+        lacking = sorted(set(needs.inputs) - files.keys())
         if lacking:
             raise NeedsError(
                 f"strategy '{self.strategy.name}' runs a program (it needs the input '{lacking[0]}'), which fits "
@@ -92,7 +99,13 @@ class Case:
         weights = tuple(self.weights[i % len(self.weights)] for i in range(k))
         stats = tuple(statistics(needs.stats, first + i, shapes, self.makers) for i in range(k)) if needs.stats else ()
         beside = self.beside(base, dtype, shapes)
-        return Material(models, None if needs.base == "unused" else base, weights, self.roles_of(k), stats, beside)
+        base_used = None if needs.base == "unused" else base
+        return Material(models, base_used, weights, self.roles_of(k), stats, beside, files)
+
+    def inputs_for(self, shapes: Shapes) -> dict[str, Path]:
+        """The files that it reads, as far as there are any: those given, and a symmetry of models of these shapes."""
+        known = {SYMMETRY: symmetry_file(tuple(sorted(shapes.items())))} if SYMMETRY in self.needs.inputs else {}
+        return {name: path for name, path in {**known, **self.files}.items() if name in self.needs.inputs}
 
     def beside(self, base: Model, dtype: str, shapes: Shapes) -> dict[str, Model]:
         """The further models that it needs: as said how, else fine-tunes of the base."""
@@ -113,7 +126,7 @@ class Case:
             ids=ids,
             stats=given.stats,
             beside=given.beside,
-            files=self.files,
+            files=given.files,
             roles=given.roles,
             **{**how, **self.params},
         )
@@ -128,8 +141,22 @@ class Case:
             weights=[given.weights[i] for i in order],
             roles=[given.roles[i] for i in order],
             stats=[given.stats[i] for i in order] if given.stats else None,
-            inputs={**given.beside, **{name: self.files[name] for name in self.needs.inputs}},
+            inputs={**given.beside, **given.files},
         )
+
+
+@cache
+def symmetry_file(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Path:
+    """A file with a symmetry of small models, while this process lasts."""
+    found = symmetry(dict(shapes))
+    path = Path(_scratch().name) / f"{found.digest.hex()}.json"
+    path.write_bytes(found.encode())
+    return path
+
+
+@cache
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="crdtmerge-symmetry-")
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from crdtmerge.errors import NeedsError
 from crdtmerge.state import MergeState
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.protocol import Needs
-from crdtmerge.testing.case import Case
+from crdtmerge.testing.case import SYMMETRY, Case
 from crdtmerge.testing.models import Model, Shapes, content, raw, statistics, stored
 from crdtmerge.testing.prepared import Prepared
 from crdtmerge.testing.small_program import OF_TASKS, TASKS, one_process, small_program
@@ -86,7 +86,8 @@ def measured(names: Iterable[str], *, dim: int = 4, trials: int = TRIALS) -> Ite
         files: dict[str, Path] = {}
         for name in names:
             strategy = registry.get(name)
-            inputs, known = Case(strategy).needs.inputs, strategy.Params.model_fields
+            inputs = set(Case(strategy).needs.inputs) - {SYMMETRY}
+            known = strategy.Params.model_fields
             budget = {field: value for field, value in BUDGET.items() if inputs and field in known}
             if inputs and not files:
                 files = opened.enter_context(small_program(dim))
@@ -97,7 +98,7 @@ def measured(names: Iterable[str], *, dim: int = 4, trials: int = TRIALS) -> Ite
 def _measure(case: Case, shapes: Shapes, trials: int) -> Measured:
     needs = case.needs
     found = Measured(case.strategy.name, needs.exact and needs.plan != "model", case.params)
-    lacking = sorted(set(needs.inputs) - case.files.keys())
+    lacking = sorted(set(needs.inputs) - case.inputs_for(shapes).keys())
     if lacking:
         return replace(found, why=f"needs inputs: {', '.join(lacking)}")
     if not _binary(case):
@@ -147,7 +148,7 @@ class Function:
         self, case: Case, base: Model, others: Sequence[tuple[str, Model]] = (), *, tasks: bool = False
     ) -> None:
         self._case, self._needs, self.others, self.tasks = case, case.needs, others, tasks
-        self.files = {name: case.files[name] for name in self._needs.inputs}
+        self.files = case.inputs_for({name: tuple(x.shape) for name, x in base.items()})
         if tasks and OF_TASKS in case.files:
             self.files["data"] = case.files[OF_TASKS]
         self._base = base if self._needs.base == "required" else None

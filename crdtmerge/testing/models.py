@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from crdtmerge.numerics.dtypes import DTYPES
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.rounding import torch_dtype
+from crdtmerge.symmetry.groups import Axis, Group, Symmetry
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,6 +28,9 @@ Model = Mapping[str, "Tensor"]
 Shapes = Mapping[str, tuple[int, ...]]
 Maker = Callable[[str, tuple[int, ...], np.random.Generator], "NDArray[np.float64] | None"]
 """A statistic of one tensor: its name, its shape, where numbers come from -> an array, or None where it has none."""
+
+UNITS_MAX = 64
+"""Longer dimensions of small models are not reordered."""
 
 STORED = ("F64", "F32", "BF16", "F16")
 """The dtypes that are merged, by their names in safetensors."""
@@ -113,6 +117,22 @@ def statistics(
         arrays = {tensor: known.get(name, positive)(tensor, shape, rng) for tensor, shape in sorted(shapes.items())}
         made[name] = {tensor: stored(x, "F32") for tensor, x in arrays.items() if x is not None}
     return made
+
+
+def symmetry(shapes: Shapes) -> Symmetry:
+    """A symmetry of a small model: all its dimensions of one size are reordered together, up to ``UNITS_MAX`` units.
+
+    >>> [group.size for group in symmetry({"a": (3, 2), "b": (2,), "c": (1,)}).groups]
+    [2, 3]
+    """
+    axes: dict[int, list[Axis]] = {}
+    for name, shape in sorted(shapes.items()):
+        for position, size in enumerate(shape):
+            if 2 <= size <= UNITS_MAX and 0 not in shape:
+                axes.setdefault(size, []).append(Axis(name, position, position == 1))
+    groups = tuple(Group(size, tuple(found)) for size, found in sorted(axes.items()))
+    names = {axis.tensor for group in groups for axis in group.axes}
+    return Symmetry(groups, {name: tuple((size,) for size in shapes[name]) for name in sorted(names)})
 
 
 def raw(x: Tensor) -> NDArray[Any]:

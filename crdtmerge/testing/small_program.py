@@ -18,6 +18,8 @@ import numpy as np
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.programs.runner import Runner
 from crdtmerge.resolve import inner
+from crdtmerge.symmetry.groups import Symmetry
+from crdtmerge.testing.case import SYMMETRY
 from crdtmerge.testing.models import content, stored
 from crdtmerge.testing.programs import export, write
 
@@ -32,7 +34,10 @@ OF_TASKS = "data of tasks"
 
 @contextmanager
 def small_program(n: int) -> Iterator[dict[str, Path]]:
-    """The files ``program`` and ``data``, while it lasts; ``OF_TASKS`` is the data that names its tasks."""
+    """The files ``program``, ``data`` and ``symmetry``, while it lasts; ``OF_TASKS`` is the data that names its tasks.
+
+    What goes into a linear layer and what comes out has an order that others know: it has no symmetry.
+    """
     rng = np.random.default_rng(n)
 
     def examples(prefix: str) -> dict[str, Tensor]:
@@ -42,11 +47,17 @@ def small_program(n: int) -> Iterator[dict[str, Path]]:
     plain = examples("")
     of_tasks = {name: x for task in TASKS for name, x in examples(f"{task}.").items()}
     with tempfile.TemporaryDirectory(prefix="crdtmerge-laws-") as scratch:
-        names = {"program": "model.pt2", "data": "data.safetensors", OF_TASKS: "tasks.safetensors"}
+        names = {
+            "program": "model.pt2",
+            "data": "data.safetensors",
+            OF_TASKS: "tasks.safetensors",
+            SYMMETRY: "symmetry.json",
+        }
         files = {name: Path(scratch) / file for name, file in names.items()}
         export(torch.nn.Linear(n, n, bias=False, dtype=torch.float64), [plain["inputs"]], files["program"])
         write(plain, files["data"])
         write(of_tasks, files[OF_TASKS])
+        files[SYMMETRY].write_bytes(Symmetry((), {}).encode())
         yield files
 
 
@@ -56,12 +67,13 @@ class _Pool:
     def __init__(self) -> None:
         self._running: dict[tuple[Path, bytes, str, bytes], Runner] = {}
 
-    def fed(self, program: Path, digest: bytes, device: str, data: Mapping[str, Tensor]) -> Runner:
+    def fed(self, program: Path, digest: bytes, device: str, data: Mapping[str, Tensor] | None) -> Runner:
         """A process with a program and data, started if there is none yet."""
-        key = program, digest, device, content(data)
+        key = program, digest, device, content(data or {})
         if key not in self._running:
             self._running[key] = Runner(program, digest, device=device)
-            self._running[key].keep("data", data)
+            if data is not None:
+                self._running[key].keep("data", data)
         return self._running[key]
 
     def close(self) -> None:
@@ -71,23 +83,22 @@ class _Pool:
 
 
 class _Lent:
-    """A runner out of a pool, chosen by the data that it is given first; it goes on when this one is closed."""
+    """A runner out of a pool, chosen by the data that it is given first, if any; it goes on when this one is closed."""
 
     def __init__(self, pool: _Pool, program: Path, digest: bytes, device: str) -> None:
         self._pool, self._which = pool, (program, digest, device)
         self._runner: Runner | None = None
 
     def keep(self, group: str, tensors: Mapping[str, Tensor], *, anew: bool = True) -> None:
-        """Give it a group of tensors; the data first."""
+        """Give it a group of tensors; the data first, if there is any."""
         if self._runner is None:
-            assert group == "data", "the data is given first"
-            self._runner = self._pool.fed(*self._which, tensors)
-        else:
+            self._runner = self._pool.fed(*self._which, tensors if group == "data" else None)
+        if group != "data":
             self._runner.keep(group, tensors, anew=anew)
 
     def run(self, job: str, params: Mapping[str, Any], groups: Sequence[str], **how: Any) -> Any:
         """Run a job on kept groups."""
-        assert self._runner is not None, "the data is given first"
+        assert self._runner is not None, "its tensors are given first"
         return self._runner.run(job, params, groups, **how)
 
     def close(self) -> None:

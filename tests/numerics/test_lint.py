@@ -19,6 +19,8 @@ INTEGERS = "counts of elements: integer additions are exact in any order"
 FRACTIONS = "exact fractions of the weights"
 TOGETHER = "the names of objects of this process, never of what comes out"
 MAGNITUDES = "of magnitudes, which have no signed zeros: the order of bit patterns"
+DIFFERENCES = "signed zeros are one where only differences of it and sums of exponentials of these count"
+FIRST = "the first of equal ones, as numpy promises; signed zeros are equal"
 LIBRARY = "class P, asked for by dense=lapack"
 
 ALLOWED = {
@@ -29,6 +31,17 @@ ALLOWED = {
     ("numerics/elementary.py", "sqrt", "sqrt"): "numpy's is the processor's own: correctly rounded for float64",
     ("numerics/finite.py", "nonfinite", "max"): "the largest of integers",
     ("numerics/guard.py", "require_ieee", "**"): "powers of two in Python, to test the processor with",
+    ("numerics/assignment.py", "best_assignment", "max"): "whole numbers of which differences are taken",
+    ("numerics/assignment.py", "best_assignment", "sum"): "whole numbers below 2^52: exact in any order",
+    ("numerics/assignment.py", "integers", "max"): MAGNITUDES,
+    ("numerics/sinkhorn.py", "_Problem.__init__", "max"): DIFFERENCES,
+    ("numerics/sinkhorn.py", "_Problem.__init__", "min"): DIFFERENCES,
+    ("numerics/sinkhorn.py", "_Problem.stepped", "max"): MAGNITUDES,
+    ("numerics/sinkhorn.py", "_rows_of", "max"): INTEGERS,
+    ("numerics/sinkhorn.py", "_log_row_sums", "max"): DIFFERENCES,
+    ("strategies/zipit.py", "_Greedy.__init__", "argmax"): FIRST,
+    ("strategies/zipit.py", "_Greedy.merge", "argmax"): FIRST,
+    ("strategies/zipit.py", "gathered", "max"): INTEGERS,
     **{
         ("numerics/scalars.py", name, name): "this is where they are defined"
         for name in ["acos", "sin", "cos", "exp", "log"]

@@ -18,7 +18,10 @@ JOBS = (
     "importance",
     "layer_gram",
     "rank_masks",
+    "repair",
     "surgery",
+    "symmetry",
+    "unit_activations",
 )
 
 

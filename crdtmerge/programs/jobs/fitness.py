@@ -27,13 +27,14 @@ def run(context: Context) -> Result:
     if metric not in METRICS:
         raise UsageError(f"metric = {metric!a}: must be one of {', '.join(METRICS)}.")
     tensors = context.program.fitted({**context.rest, **context.groups["model"]}, "the model")
-    scores = []
+    scores, done, examples = [], 0, sum(data.size for data in context.data.values())
     with torch.no_grad():
         for data in context.data.values():
-            sums = [_summed(metric, context.program(tensors, part.inputs).double(), part) for part in data.parts(BATCH)]
             total = 0.0
-            for part in sums:
-                total += part
+            for part in data.parts(BATCH):
+                total += _summed(metric, context.program(tensors, part.inputs).double(), part)
+                done += part.size
+                context.progress(done, examples)
             scores.append(total / data.size)
     score = 0.0
     for one in scores:
