@@ -105,6 +105,21 @@ class MergeState:
         return self._genesis.id
 
     @property
+    def genesis(self) -> Genesis:
+        """The pool as it began."""
+        return self._genesis
+
+    @property
+    def author(self) -> bytes:
+        """The public key that signs here."""
+        return self._key.public
+
+    @property
+    def opset(self) -> OpSet:
+        """The operations and what follows from them, to be read."""
+        return self._set
+
+    @property
     def recipe(self) -> Recipe:
         """The complete recipe in force."""
         return self._set.recipe
@@ -159,24 +174,33 @@ class MergeState:
         task: str | None = None,
         stats: Mapping[str, Any] | None = None,
         note: str | None = None,
+        replaces: Iterable[bytes | str] = (),
     ) -> Self:
         """With a model: a path to a checkpoint, or a state dict of torch tensors or numpy arrays.
 
         What is left out is unsaid: adding a content again without a weight leaves its weight as it is. ``stats`` are
         statistics by name: files or mappings of names to arrays, which are copied, or digests of 32 bytes of files that
-        are announced only.
+        are announced only. ``replaces`` names contents of one's own that this one takes the place of.
 
         Raises:
             InputError: the model cannot be read or holds NaN. MismatchError: it does not fit the others.
-            UsageError: a weight that is no number, an unknown role.
+            UsageError: a weight that is no number, an unknown role, a content to replace that this key did not add.
         """
+        replaced = tuple(sorted({dot for content in replaces for dot in self._own_dots(_content(content))}))
         announced, held = said_stats(stats)
         one = taken(model, "the model", self._genesis.recipe, held)
         _check_fits(one.manifest, _architectures(self._holdings.manifests.values()), self._genesis.recipe, "the model")
         task, note = said_text("task", task, limits.NAME_BYTES_MAX), said_text("note", note, limits.NOTE_BYTES_MAX)
         said = {**announced, **one.stats}
         says = Says(said_weight(weight), said_role(role), task, said, one.files or None, note)
-        return self._signed(Add(one.manifest.id, says), one.holdings)
+        return self._signed(Add(one.manifest.id, says, replaced), one.holdings)
+
+    def _own_dots(self, content: bytes) -> list[bytes]:
+        """The live ADDs of a content by this key. Raises UsageError if there is none."""
+        dots = [op.id for op in self._set.live(content) if op.author == self.author]
+        if not dots:
+            raise UsageError(f"contribution {content.hex()[:16]} was not added by this key, so nothing replaces it.")
+        return dots
 
     def remove(self, content: bytes | str, reason: str | None = None) -> Self:
         """Without a contribution: every ADD of it that is known here ends. Raises UsageError if there is none."""
@@ -298,17 +322,24 @@ class MergeState:
         ChangedError where a file changed since it was added.
         """
         refuse_version(self.recipe)
-        models = [(self._source(one.id, one.files), one.claim) for one in self.visible]
-        base = None if self._base is None else self._source(self._base.id, self._genesis.files)
+        models = [(self.source(one.id, one.files), one.claim) for one in self.visible]
+        base = None if self._base is None else self.source(self._base.id, self._genesis.files)
         from_files = any(held.raw is None for held in self._holdings.tensors.values())
         options = Options(threads=threads, device=device, rehash=from_files)
         stats = [self._holdings.statistics(one.claim.stats) for one in self.visible]
         return into_memory(models, self.recipe, base, options, Beside(stats, inputs or {}, plan))
 
-    def _source(self, content: bytes, files: Mapping[str, bytes]) -> HeldSource:
+    def is_ready(self, content: bytes) -> bool:
+        """Whether all tensors of a content are here."""
+        manifest = self._holdings.manifests.get(content)
+        return manifest is not None and all(row.digest in self._holdings.tensors for row in manifest.rows)
+
+    def source(self, content: bytes, files: Mapping[str, bytes] | None = None) -> HeldSource:
+        """A content, or the base, as something to merge or compare. Raises InputError where it is not here."""
         manifest = self._holdings.manifests[content]
         self._refuse_announced(manifest)
-        held = {name: self._holdings.files[digest] for name, digest in files.items() if digest in self._holdings.files}
+        here = self._holdings.files
+        held = {name: here[digest] for name, digest in (files or {}).items() if digest in here}
         return HeldSource(manifest, self._holdings.tensors, held)
 
     def _refuse_announced(self, manifest: Manifest) -> None:
