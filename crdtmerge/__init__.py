@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from crdtmerge import train
     from crdtmerge.errors import CrdtMergeError
     from crdtmerge.gossip.anywhere import sync
     from crdtmerge.gossip.node import Node
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from crdtmerge.resolve.verify import Verdict
     from crdtmerge.state import Delta, MergeState
     from crdtmerge.strategies.protocol import Strategy
+    from crdtmerge.symmetry.programs import permutation_groups
 
 _HOMES = {
     "CrdtMergeError": "crdtmerge.errors",
@@ -41,6 +43,7 @@ _HOMES = {
     "Strategy": "crdtmerge.strategies.protocol",
     "Verdict": "crdtmerge.resolve.verify",
     "merge": "crdtmerge.resolve.merge",
+    "permutation_groups": "crdtmerge.symmetry.programs",
     "sync": "crdtmerge.gossip.anywhere",
     "verify": "crdtmerge.pool.verifying",
 }
@@ -59,14 +62,18 @@ __all__ = [
     "Verdict",
     "__version__",
     "merge",
+    "permutation_groups",
     "sync",
+    "train",
     "verify",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'crdtmerge' has no attribute {name!r}")
     from importlib import import_module
 
+    if name == "train":
+        return import_module("crdtmerge.train")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'crdtmerge' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

@@ -29,6 +29,7 @@ from crdtmerge.cli import (
     signing,
     statistics,
     strategy_list,
+    symmetry,
     verification,
 )
 from crdtmerge.cli.console import emit, fail
@@ -67,6 +68,7 @@ COMMANDS = (
     (laws.laws, "laws ties --dim 64"),
     (statistics.stats, "stats fisher ft-a/ --program model.pt2 --data examples.safetensors"),
     (planning.plan, "plan a/ b/ --strategy dam --input program=m.pt2 --input data=x.safetensors -o dam.plan"),
+    (symmetry.symmetry, "symmetry --program model.pt2 -o model.symmetry.json"),
     (demo.demo, "demo -o digits"),
     (beginning.init, "init pool --base base/ --strategy ties --set density=0.3"),
     (contributing.add, "add ft-a/ -C pool --weight 2"),

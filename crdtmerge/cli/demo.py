@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,18 +35,30 @@ ANOTHER_WAY: tuple[tuple[tuple[int, ...], int, dict[str, str]], ...] = (
 
 
 def demo(
+    what: Annotated[
+        Literal["digits", "dimat"],
+        typer.Argument(help="digits: merge fine-tunes of one network. dimat: peers that train and merge over gossip."),
+    ] = "digits",
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", metavar="OUT", help="Keep the checkpoints in this new folder; else they are removed."
+            "-o",
+            "--out",
+            metavar="OUT",
+            help="Keep the checkpoints in this new folder; else they are removed. dimat: a PNG of the curves.",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Train and merge small networks on real images.
 
-    Needs scikit-learn for its bundled digits: pip install 'crdtmerge[demo]'.
+    Needs scikit-learn for its bundled digits, and matplotlib for a PNG: pip install 'crdtmerge[demo]'.
     """
+    if what == "dimat":
+        from crdtmerge.cli.demo_dimat import dimat
+
+        dimat(out, as_json)
+        return
     with tempfile.TemporaryDirectory(prefix="crdtmerge-demo-") as scratch:
         folder = _folder(out) or Path(scratch)
         say("training a base and three fine-tunes on handwritten digits ...")

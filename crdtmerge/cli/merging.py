@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from crdtmerge.cli.console import Memory, emit, progress, say, tell
-from crdtmerge.cli.replica_options import Inputs, PlanFile, Roles, StatisticsOfEach, Tasks, Weights, named_paths
+from crdtmerge.cli.replica_options import Align, Inputs, PlanFile, Roles, StatisticsOfEach, Tasks, Weights, named_paths
 
 if TYPE_CHECKING:
     from crdtmerge.resolve.merging import Merge
@@ -30,6 +30,7 @@ def merge(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A parameter; KEY@GLOB=VALUE for some tensors only."),
     ] = None,
+    align: Align = None,
     weight: Weights = None,
     out: Annotated[
         Path | None,
@@ -80,6 +81,7 @@ def merge(
         missing=missing,
         exclude=exclude or (),
         allow_nonfinite=allow_nonfinite,
+        align=align,
     )
     said = claims(len(models), weights=weight, t=t, roles=role, tasks=task)
     check_device(device)

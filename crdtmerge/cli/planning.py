@@ -11,6 +11,7 @@ import typer
 
 from crdtmerge.cli.console import emit, say, tell
 from crdtmerge.cli.replica_options import (
+    Align,
     AsJson,
     Exclude,
     Inputs,
@@ -36,6 +37,7 @@ def plan(
         Path | None, typer.Option(metavar="MODEL", help="The model from which the others were fine-tuned.")
     ] = None,
     settings: Settings = None,
+    align: Align = None,
     inputs: Inputs = None,
     weight: Weights = None,
     role: Roles = None,
@@ -63,7 +65,8 @@ def plan(
     from crdtmerge.weights.cache import DigestCache
 
     begin = time.perf_counter()
-    recipe, t = recipe_of(strategy, parsed(settings or []), dtype=dtype, missing=missing, exclude=exclude or ())
+    asked = {"dtype": dtype, "missing": missing, "exclude": exclude or (), "align": align}
+    recipe, t = recipe_of(strategy, parsed(settings or []), **asked)
     said = claims(len(models), weights=weight, t=t, roles=role, tasks=task)
     check_device(device)
     beside = Beside(statistics_of(models, stats or []), named_paths("--input", inputs))

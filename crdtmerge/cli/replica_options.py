@@ -46,6 +46,10 @@ Inputs = Annotated[
 PlanFile = Annotated[
     Path | None, typer.Option("--plan", metavar="FILE", help="Apply this plan of `crdtmerge plan`, and make none.")
 ]
+Align = Annotated[
+    str | None,
+    typer.Option(metavar="weights|activations", help="Bring the units of all models into one order first."),
+]
 Insecure = Annotated[bool, typer.Option("--insecure", help="Allow plain HTTP beyond this machine.")]
 
 HERE = Path()
