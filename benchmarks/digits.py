@@ -27,6 +27,7 @@ import crdtmerge as cm
 from crdtmerge.resolve.merge import merge
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
+from crdtmerge.symmetry import permutation_groups
 from crdtmerge.testing import digits, programs
 from crdtmerge.testing.digits import FAVOURED, Digits, StateDict
 
@@ -81,6 +82,7 @@ class Ground:
             programs.write(state, self.path(name))
         self.models = [self.path(f"ft{i}") for i in range(len(tuned))]
         programs.export(digits.network(), [data.train_x[:2]], folder / "network.pt2")
+        (folder / "symmetry.json").write_bytes(permutation_groups(digits.network(), (data.train_x[:2],)).encode())
         picked = torch.from_numpy(digits.mix(data, range(10), 1.0, seed))[:SEARCHED]
         programs.write(
             {"inputs": data.train_x[picked], "labels": data.train_y[picked]}, folder / "labelled.safetensors"
@@ -118,7 +120,8 @@ class Ground:
         models = self.models[: COUNTS.get(strategy, len(self.models))]
         inputs = {
             "program": self.folder / "network.pt2",
-            "data": self.folder / ("labelled" if kind.family == "search" else "batches"),
+            "symmetry": self.folder / "symmetry.json",
+            "data": self.folder / ("labelled" if kind.family in ("search", "alignment") else "batches"),
             "aligned": self.path("base"),
             "unaligned": self.path("start"),
         }

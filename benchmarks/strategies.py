@@ -19,10 +19,15 @@ import numpy as np
 import crdtmerge as cm
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
+from crdtmerge.testing.case import symmetry_file
 
 SIDE, COUNT, RUNS = 64, 10, 5
 
-UNTRAINED = {"adaptive": {"steps": 0}, "search": {"generations": 0}}
+UNTRAINED: dict[str, dict[str, Any]] = {
+    "adaptive": {"steps": 0},
+    "search": {"generations": 0},
+    "alignment": {"method": "weights"},
+}
 
 LEFT_OUT = ("regmean_plus_plus",)
 """Strategies that have no plan without running a program."""
@@ -48,7 +53,9 @@ def state_of(strategy: str) -> tuple[cm.MergeState, dict[str, Any]]:
         made = {"gram": (inputs.T @ inputs / len(inputs)).astype(np.float32)}
         found = {name: {"w": made.get(name, np.abs(tensor()["w"]) + 0.01)} for name in needs.stats}
         state = state.add(tuned, stats=found, role="safety" if strategy == "safe_merge" and number == 0 else None)
-    return state, {name: tensor() for name in needs.models}
+    return state, {name: tensor() for name in needs.models} | {
+        name: symmetry_file((("w", (SIDE, SIDE)),)) for name in needs.inputs
+    }
 
 
 def seconds_of(strategy: str) -> float:

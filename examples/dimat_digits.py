@@ -1,6 +1,6 @@
 """Networks that were trained apart on handwritten digits, brought together: once, and again and again as they train on.
 
-    python examples/dimat_digits.py [--seeds N] [--only A1,A2] [--json]
+    python examples/dimat_digits.py [--seeds N] [--only A1,A2] [--json] [--table]
 
 A1  two and five networks that saw all images, from different starts: plain averages, and of aligned networks
 A2  five peers on a ring, equal shares of the images: merge, train two epochs, ten times over; then merge all once
@@ -99,7 +99,8 @@ def one_merge(seed: int, width: int = 128, epochs: int = 60) -> dict[str, float]
     by_units = train.Alignment(symmetry, watch=units(module, data.train_x))
     turned = by_units.turned(second, by_units.onto(first, second))
     with tempfile.TemporaryDirectory(prefix="crdtmerge-dimat-") as folder:
-        inputs = {name: Path(folder) / name for name in ("symmetry", "program", "data")}
+        files = {"symmetry": "symmetry.json", "program": "model.pt2", "data": "data.safetensors"}
+        inputs = {name: Path(folder) / file for name, file in files.items()}
         inputs["symmetry"].write_bytes(symmetry.encode())
         programs.export(module, [data.train_x[:2]], inputs["program"])
         programs.write({"inputs": data.train_x}, inputs["data"])
@@ -131,7 +132,7 @@ def barrier(module: Module, a: State, b: State, data: Digits) -> float:
     for t in np.linspace(0, 1, 11):
         between = {name: (1 - t) * a[name] + t * b[name] for name in a}
         found.append(loss(module, between, data) - ((1 - t) * ends[0] + t * ends[1]))
-    return max(found)
+    return float(max(found))
 
 
 # ---------------------------------------------------------------- loops: merge and train
@@ -280,14 +281,62 @@ EXPERIMENTS: dict[str, Callable[[int], dict[str, float]]] = {
 }
 
 
+# ---------------------------------------------------------------- A11: what methods are worth, and what they send
+
+METHODS: dict[str, Callable[[Ground], Run]] = {
+    "alone": lambda here: loop(here, repair=False, alone=True),
+    "plain": lambda here: loop(here, repair=False),
+    "plain, repaired": lambda here: loop(here, repair=True),
+    "aligned once": lambda here: loop(here, by_weights(here), repair=False),
+    "aligned once, repaired": lambda here: loop(here, by_weights(here), repair=True),
+    "aligned at every merge (DIMAT)": lambda here: loop(
+        here, by_activations(here, here.data.train_x[:PROBED], when="every"), repair=False
+    ),
+    "averages at every step (CDSGD)": gossip,
+}
+
+GROUNDS = ((5, "alike"), (5, "unlike"), (10, "unlike"), (5, "apart"))
+
+
+def table(seeds: int) -> None:
+    """Every method on every ground, as Markdown; means over seeds.
+
+    The last column is what a peer sent to each neighbour, in kB, until the mean accuracy after a merge was what CDSGD
+    ended with.
+    """
+    for count, split in GROUNDS:
+        runs = {name: [run(ground(seed, count, split)) for seed in range(seeds)] for name, run in METHODS.items()}
+        curves = {
+            name: [statistics.mean(at) for at in zip(*(one.after for one in own), strict=True)]
+            for name, own in runs.items()
+        }
+        goal = curves["averages at every step (CDSGD)"][-1]
+        print(f"\n{count} peers on a ring, shares {split}\n")
+        print(
+            "| method | after 1 merge | 5 | 10 | trained on | one merge of all | kB to a neighbour | until CDSGD's |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        for name, own in runs.items():
+            curve, sent = curves[name], own[0].sent / 1000
+            reached = next((i + 1 for i, value in enumerate(curve) if value >= goal), None)
+            until = "never" if reached is None or not sent else f"{sent * reached / ROUNDS:,.0f}"
+            ends = [statistics.mean(getattr(one, what) for one in own) for what in ("trained", "final")]
+            cells = [f"{value:.1f}" for value in (curve[0], curve[4], curve[9], *ends)]
+            print(f"| {name} | {' | '.join(cells)} | {sent:,.0f} | {until} |", flush=True)
+
+
 def main() -> None:
     """Run the experiments that are asked for."""
     parser = argparse.ArgumentParser(description="Merge networks that were trained apart on handwritten digits.")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     parser.add_argument("--only", default=",".join(EXPERIMENTS), help="some of A1,A2,A3,A4,A5,A9")
     parser.add_argument("--json", action="store_true", help="one JSON document of the means over seeds")
+    parser.add_argument("--table", action="store_true", help="every method on every ground instead, as Markdown")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if arguments.table:
+        table(arguments.seeds)
+        return
     found: dict[str, dict[str, float]] = {}
     for name in arguments.only.split(","):
         rows = []

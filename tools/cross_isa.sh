@@ -26,7 +26,7 @@ ALL="x86-default x86-avx2 x86-avx512 x86-numba x86-debian aarch64-a76 aarch64-ma
 COLUMNS=${*:-$ALL}
 
 TORCH_ARM=torch==2.10.0 # a CPU wheel; later ones for aarch64 are CUDA builds
-OUR_NEEDS="blake3 msgpack pydantic pydantic-core annotated-types typing-extensions typing-inspection"
+OUR_NEEDS="blake3 msgpack pydantic pydantic-core annotated-types typing-extensions typing-inspection scipy"
 TORCH_NEEDS="numpy mpmath filelock sympy networkx jinja2 markupsafe fsspec"
 
 say() { printf 'cross: %s\n' "$*" >&2; }
@@ -67,7 +67,7 @@ debian() {
 # wheels NAME PYTHON-VERSION PLATFORM PACKAGE...: wheels for another machine, unpacked into .cross/NAME.
 wheels() {
     local place=$CROSS/$1 version=$2 machine=$3 platforms=""
-    [ -e "$place/.whole" ] && return 0
+    [ "$(cat "$place/.whole" 2>/dev/null)" = "$*" ] && return 0
     say "fetching wheels for Python $version on $machine: ${*:4}"
     rm -rf "$place"
     for tag in manylinux_2_28 manylinux_2_17 manylinux2014; do platforms="$platforms --platform ${tag}_$machine"; done
@@ -75,7 +75,7 @@ wheels() {
     quietly "pip ($machine)" "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --no-compile \
         --only-binary=:all: $platforms --python-version "$version" --implementation cp --target "$place" "${@:4}" ||
         return 1
-    touch "$place/.whole"
+    printf '%s' "$*" >"$place/.whole"
 }
 
 # as_here PACKAGE...: the packages in the versions of the environment of `make test`.

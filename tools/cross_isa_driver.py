@@ -33,6 +33,7 @@ from crdtmerge.errors import CrdtMergeError
 from crdtmerge.resolve.merge import merge
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.parameters import Filled
+from crdtmerge.testing.case import SYMMETRY, symmetry_file
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -77,7 +78,7 @@ def cases() -> dict[str, Any]:
             label = " ".join([name, *(f"{key}={value}" for key, value in params.items())])
             if not needs.exact or needs.plan == "model":
                 left_out[label] = "class P"
-            elif needs.inputs:
+            elif set(needs.inputs) - {SYMMETRY}:
                 left_out[label] = f"needs the files {', '.join(needs.inputs)}"
             else:
                 case = _case(label, name, params, needs, row)
@@ -108,6 +109,7 @@ def _case(label: str, name: str, params: dict[str, Any], needs: Any, row: Any) -
         "base": needs.base != "unused",
         "stats": list(needs.stats),
         "models": list(needs.models),
+        "inputs": list(needs.inputs),
         "k": k,
     }
 
@@ -158,7 +160,8 @@ def cell(case: Case) -> str:
         weights=case["weights"],
         roles=case["roles"] or None,
         stats=[{kind: statistic(kind, one, shapes) for kind in case["stats"]} for one in who],
-        inputs={name: state(name, dtype, shapes) for name in case["models"]},
+        inputs={name: state(name, dtype, shapes) for name in case["models"]}
+        | {name: symmetry_file(tuple(shapes.items())) for name in case["inputs"]},
         threads=2,
         **case["params"],
     )

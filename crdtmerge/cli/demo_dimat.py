@@ -32,7 +32,7 @@ PEERS, WIDTH, ROUNDS = 5, 64, 6
 BEFORE, EPOCHS = 50, 2
 """Epochs before the first merge, and between two."""
 
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = 120.0
 """How long the first contributions, and at the end all, may take to be everywhere."""
 
 PATIENCE_SECONDS = 2.0
@@ -212,7 +212,9 @@ def _seen(peer: Peer, *, basis: bytes | None = None, since: int = 0) -> set[byte
 
 
 def _late() -> None:
-    raise TimeoutError("the nodes did not bring the contributions together")
+    from crdtmerge.errors import PeerError
+
+    raise PeerError(f"the nodes did not bring all contributions together within {WAIT_SECONDS:.0f} s; try again.")
 
 
 async def _until(holds: Callable[[], bool], seconds: float, or_else: Callable[[], None] = _late) -> None:
