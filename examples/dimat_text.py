@@ -131,7 +131,7 @@ def trained(data: Text, seed: int, steps: int) -> State:
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, RATE, total_steps=steps)
     for _ in range(steps):
         adam.zero_grad()
-        entropy(module, *batch(data.train, BATCH, generator)).backward()
+        torch.autograd.backward(entropy(module, *batch(data.train, BATCH, generator)))
         nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         adam.step()
         schedule.step()
@@ -193,13 +193,14 @@ class Bench:
 
 
 def _state(tensors: Mapping[str, Any]) -> State:
+    """Weights as networks load them."""
     return {name: torch.from_numpy(x).float() for name, x in tensors.items()}
 
 
 def barrier(losses: list[float]) -> float:
     """How far a line of losses lies above the chord between its ends, at most."""
     chord = [(1 - t) * losses[0] + t * losses[-1] for t in BETWEEN.tolist()]
-    return max(loss - straight for loss, straight in zip(losses, chord, strict=True))
+    return float(max(loss - straight for loss, straight in zip(losses, chord, strict=True)))
 
 
 def experiments(seeds: int, steps: int) -> Iterator[dict[str, list[float]]]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from crdtmerge.cli.console import emit, progress, tell
-from crdtmerge.cli.replica_options import AsJson, Exclude, MergedDtype, Missing, Settings, asked_recipe, short
+from crdtmerge.cli.replica_options import Align, AsJson, Exclude, MergedDtype, Missing, Settings, asked_recipe, short
 
 
 def init(
@@ -32,6 +32,7 @@ def init(
         str | None, typer.Option(metavar="NAME", help="How the pool merges; weight_average by default.")
     ] = None,
     settings: Settings = None,
+    align: Align = None,
     dtype: MergedDtype = None,
     exclude: Exclude = None,
     missing: Missing = None,
@@ -67,15 +68,21 @@ def init(
     room = bytes_of(quota) if quota else None
     with progress(quiet=as_json) as show:
         if source is not None:
-            asked = (base, like, settings, curator, members_only, dtype, exclude, missing, strategy, allow_nonfinite)
-            if any(asked):
+            asked = (base, like, strategy, settings, align, dtype, exclude, missing, allow_nonfinite)
+            if any((*asked, curator, members_only)):
                 raise UsageError("--from takes base, recipe and members from the pool that it joins; leave them out.")
             from crdtmerge.gossip import anywhere
 
             replica = anywhere.begin(folder, source, key=own, quota=room, progress=show)
         else:
             recipe = asked_recipe(
-                strategy or "weight_average", settings, dtype, exclude, missing, allow_nonfinite=allow_nonfinite
+                strategy or "weight_average",
+                settings,
+                dtype,
+                exclude,
+                missing,
+                align=align,
+                allow_nonfinite=allow_nonfinite,
             )
             replica = Replica.create(
                 folder,

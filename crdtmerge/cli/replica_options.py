@@ -64,6 +64,7 @@ def asked_recipe(
     exclude: list[str] | None,
     missing: str | None,
     *,
+    align: str | None = None,
     allow_nonfinite: bool = False,
 ) -> Recipe:
     """A pool's recipe, as it was asked for. Raises UsageError."""
@@ -78,6 +79,7 @@ def asked_recipe(
         exclude=exclude or (),
         missing=missing,
         allow_nonfinite=allow_nonfinite,
+        align=align,
     )
     if t is not None:
         raise UsageError("t weighs two models by position; a pool's contributions have weights of their own.")

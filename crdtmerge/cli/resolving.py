@@ -11,6 +11,7 @@ import typer
 from crdtmerge.cli.console import Memory, emit, progress, quoted, say, tell
 from crdtmerge.cli.replica_options import (
     HERE,
+    Align,
     AsJson,
     Exclude,
     Inputs,
@@ -75,6 +76,7 @@ def recipe(
         str | None, typer.Argument(metavar="[NAME]", help="The strategy from now on; left out: print the recipe.")
     ] = None,
     settings: Settings = None,
+    align: Align = None,
     dtype: MergedDtype = None,
     exclude: Exclude = None,
     missing: Missing = None,
@@ -87,8 +89,8 @@ def recipe(
 
     with Replica.open(pool) as replica:
         if strategy is not None:
-            replica.set_recipe(asked_recipe(strategy, settings, dtype, exclude, missing))
-        elif settings or dtype or exclude or missing:
+            replica.set_recipe(asked_recipe(strategy, settings, dtype, exclude, missing, align=align))
+        elif settings or align or dtype or exclude or missing:
             raise UsageError("name the strategy too: a recipe is replaced as a whole.")
         value = replica.recipe.canonical() | {"id": replica.recipe.id.hex()}
     if as_json:

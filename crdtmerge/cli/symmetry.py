@@ -37,8 +37,8 @@ def symmetry(
 
     They are derived from the program's graph and tried: all are reordered at random, and the results compared, on
     made-up inputs. Operators that are not understood only cost groups. The file is what aligned merges need of the
-    architecture. The program runs in a process of its own; give only one that you made or trust. Exit code 1 where
-    reordering changes a result: nothing is written then.
+    architecture; as symmetry.json in a checkpoint's folder it travels with it. The program runs in a process of its
+    own; give only one that you made or trust. Exit code 1 where reordering changes a result: nothing is written then.
     """
     from crdtmerge.programs.runner import Runner
     from crdtmerge.resolve import plan_file

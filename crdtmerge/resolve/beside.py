@@ -4,6 +4,7 @@ RULES
 1. A statistic is one safetensors file whose tensors have the model's names (``statistic``). Its digest is claimed of
    the contribution and enters the root. What is claimed and not needed is not read.
 2. Further inputs are part of the recipe: a model by its content id, another file by its SHA-256, a plan by its digest.
+   Some travel with the models and need not be given (``travelling``).
 3. Nothing is read on trust: a digest that was claimed or asked for is compared, a missing input is NeedsError, and what
    changes while it is read is ChangedError.
 """
@@ -30,7 +31,8 @@ from crdtmerge.resolve.plan_file import inputs_of
 from crdtmerge.resolve.plan_file import read as read_plan
 from crdtmerge.resolve.sources import Source, open_source
 from crdtmerge.resolve.statistic import Statistic
-from crdtmerge.strategies.protocol import Needs, Plan
+from crdtmerge.resolve.travelling import TRAVELLING, carried_input
+from crdtmerge.strategies.protocol import InputFile, Needs, Plan
 from crdtmerge.weights.cache import DigestCache
 from crdtmerge.weights.descriptors import open_file
 from crdtmerge.weights.facts import MERGE_ANYWAY, refuse_nonfinite
@@ -85,7 +87,7 @@ def check_stat_names(names: Iterable[object]) -> None:
 
 @dataclass
 class Opened:
-    """As opened: needed statistics of each content, further models, files with their digests.
+    """As opened: needed statistics of each content, further models, files given or carried, with their digests.
 
     ``statistics`` are those of each model in the order of the models, also such that are only claimed.
     """
@@ -93,6 +95,7 @@ class Opened:
     stats: dict[Any, dict[str, Source]] = field(default_factory=dict)
     models: dict[str, Source] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
+    carried: dict[str, InputFile] = field(default_factory=dict)
     digests: dict[str, bytes] = field(default_factory=dict)
     statistics: list[dict[str, Statistic]] = field(default_factory=list)
 
@@ -198,22 +201,37 @@ def check_shapes(tensors: Sequence[Merging]) -> None:
 
 
 def open_beside(
-    beside: Beside, models: Sequence[tuple[str, Claim]], needs: Needs, recipe: Recipe, opened: ExitStack
+    beside: Beside,
+    models: Sequence[tuple[Source, Claim]],
+    base: Source | None,
+    needs: Needs,
+    recipe: Recipe,
+    opened: ExitStack,
 ) -> Opened:
-    """Open what is given for models with labels and claims. Raises NeedsError, UsageError, InputError."""
+    """Open what is given for models and base, or comes with them.
+
+    Raises NeedsError, UsageError, InputError, MismatchError.
+    """
     if not isinstance(beside.inputs, Mapping):
         raise UsageError(f"inputs is {type(beside.inputs).__name__}; a table of names and paths is needed.")
     refuse_other_inputs([*beside.inputs, *(recipe.inputs.keys() - {PLAN})], [needs], recipe.strategy)
     planned = _planned_with(beside.plan, recipe)
+    found = Opened()
+    for name in TRAVELLING.keys() & {*needs.inputs} - {*beside.inputs, *planned}:
+        carried = carried_input(name, recipe.inputs.get(name), [source for source, _ in models], base)
+        if carried is not None:
+            found.carried[name] = carried
     for name in (*needs.models, *needs.inputs):
-        if name not in beside.inputs and not (name in needs.inputs and name in planned):
+        here = {*beside.inputs, *found.carried}
+        if name not in here and not (name in needs.inputs and name in planned):
             known = f" with digest {recipe.inputs[name].hex()[:16]}" if name in recipe.inputs else ""
             raise NeedsError(
                 f"strategy '{recipe.strategy}' needs the input '{name}'{known}{MADE_BY.get(name, '')}: give it with "
-                f"--input {name}=PATH{', or a plan of `crdtmerge plan` with --plan' if name in needs.inputs else ''}."
+                f"--input {name}=PATH{_travels(name)}"
+                f"{', or a plan of `crdtmerge plan` with --plan' if name in needs.inputs else ''}."
             )
-    found = Opened()
-    for (label, claim), given in zip(models, beside.tables(len(models)), strict=True):
+    for (source, claim), given in zip(models, beside.tables(len(models)), strict=True):
+        label = source.label
         _refuse_missing(claim, given, label, needs, recipe.strategy)
         wanted = sorted(name for name in given if name in needs.stats or name not in claim.stats)
         found.statistics.append({name: Statistic.of(given[name], f"the {name} of {label}") for name in wanted})
@@ -223,12 +241,20 @@ def open_beside(
         found.models[name] = open_source(beside.inputs[name], f"the input '{name}'")
         opened.callback(found.models[name].close)
     for name in needs.inputs:
-        if name not in beside.inputs:
+        if name in found.carried:
+            found.digests[name] = hashlib.sha256(found.carried[name].data).digest()
+        elif name not in beside.inputs:
             found.digests[name] = planned[name]
-            continue
-        found.digests[name] = file_digest(beside.inputs[name], f"the input '{name}'")
-        found.files[name] = Path(beside.inputs[name])
+        else:
+            found.digests[name] = file_digest(beside.inputs[name], f"the input '{name}'")
+            found.files[name] = Path(beside.inputs[name])
     return found
+
+
+def _travels(name: str) -> str:
+    if name not in TRAVELLING:
+        return ""
+    return f", or as {TRAVELLING[name]} in the folder of the base or of a model, with which it travels"
 
 
 def _planned_with(plan: Plan | str | Path | None, recipe: Recipe) -> dict[str, bytes]:

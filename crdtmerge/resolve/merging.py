@@ -95,8 +95,8 @@ class Merge:
         self.sources = [self._opened(model, f"model {i + 1}") for i, (model, _) in enumerate(models)]
         self.base_source = self._opened(base, "the base") if base is not None else None
         said = [claim for _, claim in models]
-        labelled = [(source.label, claim) for source, claim in zip(self.sources, said, strict=True)]
-        self._beside = open_beside(beside, labelled, self.needs, recipe, self._open)
+        claimed = list(zip(self.sources, said, strict=True))
+        self._beside = open_beside(beside, claimed, self.base_source, self.needs, recipe, self._open)
         sizes = [entry.nbytes for source in [*self._inputs, *self._beside.sources] for entry in source.entries.values()]
         read = self._progress("reading", sum(sizes))
         found = [known(source, self.workers, self.options.cache, read) for source in self._inputs]
@@ -220,6 +220,7 @@ class Merge:
             device=self.options.device,
             canonical_nan=self.recipe.allow_nonfinite,
             files=self._beside.files,
+            carried=self._beside.carried,
             models=Running(
                 self.unplanned_id, self.copying, self._beside.digests, self.options.progress, self.options.state
             ),

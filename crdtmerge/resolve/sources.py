@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from crdtmerge.errors import UsageError
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.weights.cache import DigestCache
-from crdtmerge.weights.carried import carried_files
+from crdtmerge.weights.carried import carried_file, carried_files
 from crdtmerge.weights.checkpoint import Checkpoint
 from crdtmerge.weights.digests import digest_checkpoint
 from crdtmerge.weights.facts import Facts
@@ -51,6 +51,10 @@ class Source(Protocol):
         """The files to carry along, by name, and notes on those that are not."""
         ...
 
+    def carried_file(self, name: str) -> bytes | None:
+        """One of them as it is there; None where it has none. Raises NeedsError where it is announced and not here."""
+        ...
+
     def where(self, name: str) -> str:
         """What messages call the file of a tensor."""
         ...
@@ -86,6 +90,10 @@ class FileSource:
     def carried(self) -> tuple[dict[str, bytes], list[str]]:
         """Those of the folder, if it is one."""
         return carried_files(self.checkpoint.folder) if self.checkpoint.folder else ({}, [])
+
+    def carried_file(self, name: str) -> bytes | None:
+        """That of the folder, if it is one."""
+        return carried_file(self.checkpoint.folder, name) if self.checkpoint.folder else None
 
     def where(self, name: str) -> str:
         """The file of a tensor; the model's path for a tensor it does not have."""
@@ -129,6 +137,9 @@ class MemorySource:
     def carried(self) -> tuple[dict[str, bytes], list[str]]:
         """None."""
         return {}, []
+
+    def carried_file(self, name: str) -> None:
+        """None."""
 
     def where(self, name: str) -> str:
         """The label: there is no file."""

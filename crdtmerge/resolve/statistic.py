@@ -177,6 +177,9 @@ class Statistic:
         """Nothing travels with it."""
         return {}, []
 
+    def carried_file(self, name: str) -> None:
+        """Nothing travels with it."""
+
     def check_names(self, names: Iterable[str]) -> None:
         """Raise MismatchError where it has none of a model's tensors."""
         if self.entries.keys().isdisjoint(names):

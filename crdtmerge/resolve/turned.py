@@ -58,6 +58,10 @@ class TurnedSource:
         """Those of the other source."""
         return self._source.carried()
 
+    def carried_file(self, name: str) -> bytes | None:
+        """That of the other source."""
+        return self._source.carried_file(name)
+
     def where(self, name: str) -> str:
         """The file of a tensor."""
         return self._source.where(name)

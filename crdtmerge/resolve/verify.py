@@ -32,6 +32,7 @@ from crdtmerge.resolve.merging import Merge, Options, needs_of
 from crdtmerge.resolve.receipt import Receipt, build_here
 from crdtmerge.resolve.sources import Source, open_source
 from crdtmerge.resolve.statistic import Kept
+from crdtmerge.resolve.travelling import TRAVELLING, carried_input
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.protocol import Plan
 from crdtmerge.weights.carried import CARRIED_NAMES, read_small
@@ -221,6 +222,8 @@ def _find(
     }
     unplanned = needs.inputs if PLAN not in recipe.inputs else ()  # a plan does without what it was made from
     files = {name: recipe.inputs[name] for name in unplanned if name in recipe.inputs}
+    merged = [contents[content] for content in ids]
+    files = {name: digest for name, digest in files.items() if not _travels(name, digest, merged)}
     found = _find_files({digest: f"the input '{name}'" for name, digest in files.items()}, places.files, find_file)
     inputs = {name: contents[content] for name, content in models.items()}
     return _Found(
@@ -229,6 +232,14 @@ def _find(
         inputs | {name: found[digest] for name, digest in files.items()},
         _find_plan(recipe.inputs.get(PLAN), places.plans),
     )
+
+
+def _travels(name: str, digest: bytes, sources: Sequence[Source]) -> bool:
+    """Whether an input of this digest comes with the contents that are merged."""
+    try:
+        return name in TRAVELLING and carried_input(name, digest, sources, None) is not None
+    except CrdtMergeError as fault:
+        raise UnknownError(str(fault)) from None
 
 
 def _find_files(wanted: Mapping[bytes, str], paths: Sequence[Path], finder: Finder) -> dict[bytes, Path | Kept]:

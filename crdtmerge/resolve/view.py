@@ -20,7 +20,7 @@ from crdtmerge.resolve.cutting import Cutter, Group
 from crdtmerge.resolve.fit import Merging
 from crdtmerge.resolve.inner import NOTHING_RUNS, Inside, Programs, Running
 from crdtmerge.resolve.turned import turned_tensors
-from crdtmerge.strategies.protocol import Inner, Meta, Plan, Ran, Rng, Unit
+from crdtmerge.strategies.protocol import Inner, InputFile, Meta, Plan, Ran, Rng, Unit
 from crdtmerge.symmetry.groups import Permutation, Symmetry
 
 if TYPE_CHECKING:
@@ -43,13 +43,14 @@ class TensorView:
         device: str = "cpu",
         canonical_nan: bool = False,
         files: Mapping[str, Path] | None = None,
+        carried: Mapping[str, InputFile] | None = None,
         models: Running = NOTHING_RUNS,
     ) -> None:
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self.names = sorted(self._tensors)
         self._workers, self._stretch, self._kernels = workers, stretch, kernels
         self._compute, self.device, self._canonical_nan = compute, device, canonical_nan
-        self._reader, self._files = Reader(), files or {}
+        self._reader, self._files, self._carried = Reader(), files or {}, carried or {}
         self._programs = Programs(list(tensors), self, models, files or {})
 
     def meta(self, name: str) -> tuple[Meta, ...]:
@@ -77,9 +78,13 @@ class TensorView:
         tensor = self._tensors[name]
         return self._unit(self._reader.read(Span(tensor, 0, tensor.elements)), compute_dtype(tensor, self._compute))
 
-    def input(self, name: str) -> Path:
-        """Where a file lies that the recipe names."""
-        return self._files[name]
+    def input(self, name: str, bytes_max: int) -> InputFile:
+        """A file that the recipe names, given or carried by a model; of a longer one ``bytes_max`` + 1 bytes."""
+        if name in self._carried:
+            return self._carried[name]
+        path = self._files[name]
+        with path.open("rb") as file:
+            return InputFile(file.read(bytes_max + 1), str(path))
 
     def run(
         self,
@@ -115,6 +120,7 @@ class TensorView:
             device=self.device,
             canonical_nan=self._canonical_nan,
             files=self._files,
+            carried=self._carried,
         )
 
     def turned(self, symmetry: Symmetry, permutations: Mapping[bytes, Sequence[Permutation]]) -> TensorView:

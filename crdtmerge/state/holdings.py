@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from crdtmerge.errors import BundleError, ChangedError, UsageError
+from crdtmerge.errors import BundleError, ChangedError, NeedsError, UsageError
 from crdtmerge.numerics.dtypes import DType
 from crdtmerge.numerics.finite import nonfinite
 from crdtmerge.numerics.workers import Workers
@@ -93,7 +93,8 @@ NONE: Mapping[str, Any] = {}
 class HeldSource:
     """A content of a state as the source of a merge."""
 
-    def __init__(self, manifest: Manifest, tensors: Mapping[bytes, Held], files: Mapping[str, bytes]) -> None:
+    def __init__(self, manifest: Manifest, tensors: Mapping[bytes, Held], files: Mapping[str, bytes | None]) -> None:
+        """``files`` are None where they are announced and not here."""
         self.label = f"contribution {manifest.id.hex()[:16]}"
         self._held = {row.name: tensors[row.digest] for row in manifest.rows}
         self.entries: Mapping[str, Entry] = {
@@ -108,7 +109,13 @@ class HeldSource:
 
     def carried(self) -> tuple[dict[str, bytes], list[str]]:
         """The files that came with it."""
-        return self._files, []
+        return {name: data for name, data in self._files.items() if data is not None}, []
+
+    def carried_file(self, name: str) -> bytes | None:
+        """One of these files. Raises NeedsError where it is not here."""
+        if name in self._files and self._files[name] is None:
+            raise NeedsError(f"{self.label}: its {name} is announced and not here. Merge with a state that has it.")
+        return self._files.get(name)
 
     def where(self, name: str) -> str:
         """The file of a tensor, or the contribution."""

@@ -339,7 +339,7 @@ class MergeState:
         manifest = self._holdings.manifests[content]
         self._refuse_announced(manifest)
         here = self._holdings.files
-        held = {name: here[digest] for name, digest in (files or {}).items() if digest in here}
+        held = {name: here.get(digest) for name, digest in (files or {}).items()}
         return HeldSource(manifest, self._holdings.tensors, held)
 
     def _refuse_announced(self, manifest: Manifest) -> None:

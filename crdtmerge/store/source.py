@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from crdtmerge.errors import ReplicaError, some
+from crdtmerge.errors import NeedsError, ReplicaError, some
 from crdtmerge.numerics.workers import Workers
 from crdtmerge.replica.contribution import Manifest
 from crdtmerge.store.blobs import Blob, Blobs
@@ -45,6 +45,13 @@ class BlobSource:
         missing = sorted(self._files.keys() - here.keys())
         notes = [f"{self.label}: {some(missing)} not here yet"] if missing else []
         return {name: self._blobs.read(digest) for name, digest in here.items()}, notes
+
+    def carried_file(self, name: str) -> bytes | None:
+        """One of these files. Raises NeedsError where it is not here yet."""
+        digest = self._files.get(name)
+        if digest is not None and not self._blobs.get(digest):
+            raise NeedsError(f"{self.label}: its {name} is announced and not here yet. Import it, or fetch it.")
+        return None if digest is None else self._blobs.read(digest)
 
     def where(self, name: str) -> str:
         """The file of a tensor, or the contribution."""

@@ -19,30 +19,23 @@ from crdtmerge.errors import MismatchError, ParameterError
 from crdtmerge.strategies import registry
 from crdtmerge.strategies.inside import WithInner, the_same
 from crdtmerge.strategies.linear import LinearParameters, shares
-from crdtmerge.strategies.matching import Array, match_many, match_to
-from crdtmerge.strategies.parameters import Filled, Parameters
+from crdtmerge.strategies.matching import match_many, match_to
+from crdtmerge.strategies.observing import ObservingParameters, everyone, observed, symmetry_of
+from crdtmerge.strategies.parameters import Filled
 from crdtmerge.strategies.protocol import EMPTY, Needs, Plan, Rng, Strategy, Unit, View
 from crdtmerge.strategies.turning import repaired, turned_unit
-from crdtmerge.symmetry.groups import SYMMETRY_BYTES_MAX, Axis, Group, Permutation, Symmetry, decode
+from crdtmerge.symmetry.groups import Permutation, Symmetry
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Onto = Literal["auto", "mean", "reference", "base"]
-BASE = "base"
-"""What a job calls the base among the models by number."""
-
 P = TypeVar("P", bound="AlignmentParameters")
 
 
-class AlignmentParameters(Parameters):
+class AlignmentParameters(ObservingParameters):
     """How contributions are aligned."""
 
-    method: Literal["weights", "activations"] = Field("weights", description="what units are told by")
-    probe: Literal["data", "noise"] = Field("data", description="what activations are of: the data, or seeded noise")
-    examples: int | None = Field(
-        None, ge=2, le=1 << 20, description="how many examples of the probe: all data, 512 of noise unless given"
-    )
     onto: Onto = Field(
         "auto",
         description="whose order: of the mean of all, a contribution, the base; auto: base where it is used",
@@ -66,11 +59,6 @@ class AlignmentParameters(Parameters):
     def runs(self) -> bool:
         """Whether a program is run."""
         return self.method == "activations" or self.repair != "none"
-
-    def probing(self, rng: Rng) -> dict[str, Any]:
-        """The parameters of a job that looks at a probe."""
-        seed = {"seed": rng.seed.hex()} if self.probe == "noise" else {}
-        return {"probe": self.probe, "examples": self.examples} | seed
 
     def strategy(self) -> Strategy[Any]:
         """The strategy inside."""
@@ -123,12 +111,9 @@ class Alignment(Strategy[P]):
             )
         if p.reference and p.order == "base":
             raise ParameterError(f"strategy '{self.name}': the base keeps its order; leave reference out.")
-        inputs: tuple[str, ...] = ("symmetry",)
-        if p.runs:
-            inputs += ("program", "data") if p.probe == "data" else ("program",)
         return inner._replace(
             base="required" if p.order == "base" else "unused",
-            inputs=inputs,
+            inputs=p.inputs,
             unit="tensor",
             plan="model" if p.runs else "scan",
             weights="nonnegative" if p.repair == "rescale" else inner.weights,
@@ -138,8 +123,8 @@ class Alignment(Strategy[P]):
         if not view.names:
             return EMPTY
         one = the_same(view, p, self.name)
-        symmetry = _symmetry(view)
-        ids = _everyone(view, symmetry)
+        symmetry = symmetry_of(view)
+        ids = everyone(view, symmetry)
         found = self._permutations(view, symmetry, ids, one, rng)
         by_id = dict(zip(ids, found, strict=True))
         filled = one.filled()
@@ -197,7 +182,7 @@ class Alignment(Strategy[P]):
         onto = p.order
         if not ids or not p.sweeps:
             return [symmetry.identities() for _ in ids]
-        like, models, base = _observed(view, symmetry, ids, onto == "base", p, rng)
+        like, models, base = observed(view, symmetry, ids, p, rng, with_base=onto == "base")
         if onto == "mean":
             return match_many(like, models, kept, p.sweeps)
         reference = base if onto == "base" else models[kept]
@@ -222,9 +207,10 @@ class Aligned(Alignment[AlignedParameters]):
     means and spreads, layer by layer, and ``repair=reset`` BatchNorm the statistics of the merged model (Jordan et al.,
     REPAIR, ICLR 2023, arXiv:2211.08403): factors and values in the plan, found on the probe.
 
-    Needs the input ``symmetry`` (``crdtmerge symmetry``), for activations and repair also ``program`` and, unless
-    probe=noise, ``data``; with a plan none of them. Every contribution must have every tensor that the symmetry
-    reorders. Planning holds these in float64, all contributions at once. Class E by weights without repair.
+    Needs the input ``symmetry`` (``crdtmerge symmetry``), which travels as symmetry.json with the base or the models,
+    for activations and repair also ``program`` and, unless probe=noise, ``data``; with a plan none of them. Every
+    contribution must have every tensor that the symmetry reorders. Planning holds these in float64, all contributions
+    at once. Class E by weights without repair.
 
     Properties: commutative; of equal contributions, or copies of one with other orders of units, the inner strategy's
     merge of that one; else those of the inner strategy, and never associative: an alignment is of the whole set.
@@ -274,33 +260,6 @@ class Rebasin(Alignment[RebasinParameters]):
     Params = RebasinParameters
 
 
-def _symmetry(view: View) -> Symmetry:
-    """The symmetry that is given. Raises InputError, MismatchError."""
-    path = view.input("symmetry")
-    with path.open("rb") as file:
-        symmetry = decode(file.read(SYMMETRY_BYTES_MAX + 1), str(path))
-    return _fitted(view, symmetry)
-
-
-def _fitted(view: View, symmetry: Symmetry) -> Symmetry:
-    """The symmetry without tied tensors that are not merged. Raises MismatchError."""
-    shapes = {name: view.whole(name).shape for name in view.names if name in symmetry.tensors}
-    return symmetry.fitted(shapes, "this merge")
-
-
-def _everyone(view: View, symmetry: Symmetry) -> list[bytes]:
-    """The contributions, in canonical order. Raises MismatchError where one lacks a tensor of the symmetry."""
-    ids = sorted({m.id for name in view.names for m in view.meta(name)})
-    for name in symmetry.tensors:
-        lacking = set(ids) - {m.id for m in view.meta(name)}
-        if lacking:
-            raise MismatchError(
-                f"tensor {name!a}: contribution {min(lacking).hex()[:16]} lacks it, and the symmetry reorders it: its "
-                "units cannot be told. Say --missing base, or leave that contribution out."
-            )
-    return ids
-
-
 def _kept(ids: Sequence[bytes], reference: str | None, strategy: str) -> int:
     """The position of the contribution whose order is kept. Raises MismatchError."""
     if reference is None:
@@ -312,62 +271,6 @@ def _kept(ids: Sequence[bytes], reference: str | None, strategy: str) -> int:
             f"{', '.join(one.hex()[:16] for one in ids)}."
         )
     return ids.index(content)
-
-
-def _observed(
-    view: View, symmetry: Symmetry, ids: Sequence[bytes], with_base: bool, p: AlignmentParameters, rng: Rng
-) -> tuple[Symmetry, list[dict[str, Array]], dict[str, Array] | None]:
-    """What units are told by: a symmetry, and tensors that it reorders, of each contribution and of the base."""
-    if p.method == "weights":
-        models: list[dict[str, Array]] = [{} for _ in ids]
-        base: dict[str, Array] = {}
-        for name in symmetry.tensors:
-            u = view.whole(name)
-            for meta, x in zip(u.meta, u.xs, strict=True):
-                models[ids.index(meta.id)][name] = _array(x, u.shape)
-            if with_base and u.base is not None:
-                base[name] = _array(u.base, u.shape)
-        return symmetry, models, base if with_base else None
-    return _activations(view, symmetry, ids, with_base, p, rng)
-
-
-def _array(x: Tensor, shape: tuple[int, ...]) -> Array:
-    found: Array = x.double().cpu().numpy().reshape(shape)
-    return found
-
-
-def _activations(
-    view: View, symmetry: Symmetry, ids: Sequence[bytes], with_base: bool, p: AlignmentParameters, rng: Rng
-) -> tuple[Symmetry, list[dict[str, Array]], dict[str, Array] | None]:
-    """Standardised activations as tensors with one reordered axis: their products are correlations."""
-    numbers = {content: str(i) for i, content in enumerate(ids)}
-
-    def models(u: Unit) -> dict[str, Tensor]:
-        found = {numbers[m.id]: x.reshape(u.shape).cpu() for m, x in zip(u.meta, u.xs, strict=True)}
-        if with_base and u.base is not None:
-            found[BASE] = u.base.reshape(u.shape).cpu()
-        return found
-
-    ran = view.run("unit_activations", p.probing(rng), models, rng)
-    seen = _fitted(view, decode(str(ran.values["groups"]).encode(), "the program"))
-    places = {group: index for index, group in enumerate(seen.groups)}
-    if not set(symmetry.groups) <= set(places):
-        raise MismatchError(
-            "the symmetry has groups that the program has not: it was derived from another program. Derive it from "
-            "this one (crdtmerge symmetry --program P.pt2)."
-        )
-    samples = {g: ran.tensors[f"{numbers[ids[0]]}.{places[group]}"].shape[1] for g, group in enumerate(symmetry.groups)}
-    like = Symmetry(
-        tuple(Group(group.size, (Axis(f"group.{g}", 0),)) for g, group in enumerate(symmetry.groups)),
-        {f"group.{g}": ((group.size,), (samples[g],)) for g, group in enumerate(symmetry.groups)},
-    )
-
-    def rows(model: str) -> dict[str, Array]:
-        return {
-            f"group.{g}": ran.tensors[f"{model}.{places[group]}"].numpy() for g, group in enumerate(symmetry.groups)
-        }
-
-    return like, [rows(numbers[content]) for content in ids], rows(BASE) if with_base else None
 
 
 STRATEGIES = (Aligned, Dimat, Rebasin)

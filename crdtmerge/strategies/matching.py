@@ -21,7 +21,7 @@ from crdtmerge.numerics import philox
 from crdtmerge.numerics.assignment import best_assignment
 from crdtmerge.numerics.products import matmul, row_sums
 from crdtmerge.strategies.evolution import Draws
-from crdtmerge.symmetry.groups import Permutation, Symmetry, inverse
+from crdtmerge.symmetry.groups import Axis, Group, Permutation, Symmetry, inverse
 
 Array = NDArray[np.float64]
 Tensors = Mapping[str, Array]
@@ -51,6 +51,10 @@ def match_to(
     their weights' spread, all were found so, and 404 from the identity.
     """
     draws = _draws(symmetry, "groups")
+    apart = {
+        g for g, group in enumerate(symmetry.groups) if all(len(symmetry.of_tensor[t]) == 1 for t, *_ in group.axes)
+    }
+    """Groups whose scores do not depend on how others are matched: they are visited once."""
     found = [p.copy() for p in start] if start is not None else symmetry.identities()
     if start is None and sweeps:
         known: set[int] = set()
@@ -58,11 +62,14 @@ def match_to(
             *_, scores = _scores(symmetry, group, reference, model, found, known)
             found[group] = best_assignment(scores, found[group])
             known.add(group)
+    settled = apart if start is None and sweeps else set()
     aligned = {name: _dot(reference[name], symmetry.turned(name, model[name], found)) for name in symmetry.of_tensor}
     others = set(range(len(symmetry.groups)))
     for _ in range(sweeps):
         moved = False
         for group in shuffled(len(symmetry.groups), draws):
+            if group in settled:
+                continue
             held = found[group]
             touched = sorted({axis.tensor for axis in symmetry.groups[group].axes})
             for scores in _scores(symmetry, group, reference, model, found, others - {group}):
@@ -73,6 +80,7 @@ def match_to(
                 new = {name: _dot(reference[name], symmetry.turned(name, model[name], tried)) for name in touched}
                 if _total(aligned | new) > _total(aligned):
                     aligned, found, moved = aligned | new, tried, True
+        settled = apart
         if not moved:
             break
     return found
@@ -94,20 +102,40 @@ def match_many(
     turned = [{name: model[name] for name in symmetry.of_tensor} for model in models]
     draws = _draws(symmetry, "models")
     placed: set[int] = set()
+    settled: set[int] = set()
+    """Models that another turn would not move, since none has moved after theirs."""
     for _ in range(sweeps):
-        moved = False
         for i in shuffled(len(models), draws):
+            if i in settled:
+                continue
             others = [one for j, one in enumerate(turned) if j in placed and j != i]
             start = found[i] if i in placed else None
+            settled = settled | {i} if i in placed else set()
             placed.add(i)
             new = match_to(symmetry, _sum(others), models[i], start, sweeps) if others else found[i]
             if any((p != q).any() for p, q in zip(new, found[i], strict=True)):
-                found[i], moved = new, True
+                found[i], settled = new, set()
                 turned[i] = {name: symmetry.turned(name, models[i][name], new) for name in symmetry.of_tensor}
-        if not moved and len(placed) == len(models):
+        if len(settled) == len(models):
             break
     back = [inverse(p) for p in found[kept]] if models else []
     return [[p[q] for p, q in zip(one, back, strict=True)] for one in found]
+
+
+def standing_for(symmetry: Symmetry, activations: Sequence[Sequence[Array]]) -> tuple[Symmetry, list[dict[str, Array]]]:
+    """Activations of each model as tensors that a symmetry with the same groups reorders, to be matched like weights.
+
+    Args:
+        symmetry: of the models.
+        activations: of each model what the units of each group give out, float64 [size, samples].
+
+    Returns:
+        A symmetry in which each group has one tensor, on whose first axis it is; and those tensors of each model.
+    """
+    names = [f"group.{g}" for g in range(len(symmetry.groups))]
+    groups = tuple(Group(group.size, (Axis(name, 0),)) for name, group in zip(names, symmetry.groups, strict=True))
+    models = [dict(zip(names, rows, strict=True)) for rows in activations]
+    return Symmetry(groups, {name: tuple((n,) for n in x.shape) for name, x in models[0].items()}), models
 
 
 def shuffled(count: int, draws: Draws) -> list[int]:

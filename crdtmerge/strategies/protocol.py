@@ -15,7 +15,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
@@ -164,6 +163,13 @@ class Ran(NamedTuple):
     tensors: Mapping[str, Tensor]
 
 
+class InputFile(NamedTuple):
+    """The bytes of a file that a merge reads beside models, and what messages call it."""
+
+    data: bytes
+    where: str
+
+
 class View(Protocol):
     """The whole input of a merge, read-only and lazy: names of float tensors in canonical (sorted) order."""
 
@@ -199,8 +205,8 @@ class View(Protocol):
         """A tensor as one unit."""
         ...
 
-    def input(self, name: str) -> Path:
-        """Where a file lies that the recipe names; its digest was checked."""
+    def input(self, name: str, bytes_max: int) -> InputFile:
+        """A file that the recipe names, by a digest that was checked; of a longer one ``bytes_max`` + 1 bytes."""
         ...
 
     def run(

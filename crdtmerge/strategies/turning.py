@@ -64,7 +64,7 @@ def turned(
 
 def turned_unit(u: Unit, plan: Plan) -> Unit:
     """A unit with its contributions in the plan's order of units. Raises MismatchError."""
-    symmetry = _decoded(plan["symmetry"])
+    symmetry = decoded(plan["symmetry"])
     own = {group for _, group in symmetry.of_tensor.get(u.name, ())}
     if not own:
         return u
@@ -94,7 +94,8 @@ def repaired(u: Unit, merged: Tensor, repair: Mapping[str, Any]) -> Tensor:
 
 
 @lru_cache(4)
-def _decoded(text: str) -> Symmetry:
+def decoded(text: str) -> Symmetry:
+    """The symmetry of a plan, which the last few calls remember. Raises InputError."""
     return decode(text.encode(), "the plan's symmetry")
 
 

@@ -21,13 +21,13 @@ from crdtmerge.numerics.assignment import best_assignment
 from crdtmerge.numerics.elementary import sqrt
 from crdtmerge.numerics.lazy import torch
 from crdtmerge.numerics.products import matmul, row_sums
-from crdtmerge.strategies.aligned import AlignmentParameters, _everyone, _observed, _symmetry
 from crdtmerge.strategies.inside import the_same
 from crdtmerge.strategies.linear import divisor_of
 from crdtmerge.strategies.matching import match_many
-from crdtmerge.strategies.parameters import Number, Parameters
+from crdtmerge.strategies.observing import ObservingParameters, everyone, observed, symmetry_of
+from crdtmerge.strategies.parameters import Number
 from crdtmerge.strategies.protocol import EMPTY, Needs, Plan, Rng, Strategy, Unit, View
-from crdtmerge.strategies.turning import _decoded
+from crdtmerge.strategies.turning import decoded
 from crdtmerge.symmetry.groups import Group, Symmetry, inverse
 
 if TYPE_CHECKING:
@@ -38,26 +38,16 @@ Clusters = NDArray[np.int64]
 """For each unit the cluster that it is in."""
 
 
-class ZipItParameters(Parameters):
+class ZipItParameters(ObservingParameters):
     """Parameters of zipit."""
 
     method: Literal["weights", "activations"] = Field("activations", description="what units are told by")
-    probe: Literal["data", "noise"] = Field("data", description="what activations are of: the data, or seeded noise")
-    examples: int | None = Field(
-        None, ge=2, le=1 << 20, description="how many examples of the probe: all data, 512 of noise unless given"
-    )
     alpha: Number = Field(
         Decimal("0.0001"), ge=0, le=1, description="factor on the similarities of what was merged, where positive"
     )
     beta: Number = Field(
         Decimal("0.075"), ge=0, le=1, description="share of a model's mergers that may be within it; 0: permutations"
     )
-
-    @property
-    def looking(self) -> AlignmentParameters:
-        """How units are looked at."""
-        said = {"method": self.method, "probe": self.probe, "examples": self.examples}
-        return AlignmentParameters.model_validate(said)
 
 
 class ZipIt(Strategy[ZipItParameters]):
@@ -97,18 +87,15 @@ class ZipIt(Strategy[ZipItParameters]):
     Params = ZipItParameters
 
     def needs(self, p: ZipItParameters) -> Needs:
-        runs = p.method == "activations"
-        of_program = ("program", "data") if p.probe == "data" else ("program",)
-        inputs = ("symmetry", *of_program) if runs else ("symmetry",)
-        return Needs(inputs=inputs, unit="tensor", plan="model" if runs else "scan", compute="double")
+        return Needs(inputs=p.inputs, unit="tensor", plan="model" if p.runs else "scan", compute="double")
 
     def plan(self, view: View, p: Callable[[str], ZipItParameters], rng: Rng) -> Plan:
         if not view.names:
             return EMPTY
         one = the_same(view, p, self.name)
-        symmetry = _symmetry(view)
-        ids = _everyone(view, symmetry)
-        like, models, _ = _observed(view, symmetry, ids, False, one.looking, rng)
+        symmetry = symmetry_of(view)
+        ids = everyone(view, symmetry)
+        like, models, _ = observed(view, symmetry, ids, one, rng)
         orders = match_many(like, models) if one.method == "weights" else [like.identities() for _ in ids]
         aligned = [
             {name: like.turned(name, x, order) for name, x in model.items()}
@@ -127,7 +114,7 @@ class ZipIt(Strategy[ZipItParameters]):
         return Plan({"symmetry": symmetry.encode().decode(), "clusters": by_id})
 
     def apply(self, u: Unit, plan: Plan, p: ZipItParameters, rng: Rng) -> Tensor:
-        symmetry = _decoded(plan["symmetry"])
+        symmetry = decoded(plan["symmetry"])
         axes = symmetry.of_tensor.get(u.name, ())
         own = [axis for group in symmetry.groups for axis in group.axes if axis.tensor == u.name]
         consumed = {axis.position for axis in own if axis.consumes}

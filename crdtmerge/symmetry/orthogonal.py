@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from crdtmerge.errors import MismatchError, NeedsError
 from crdtmerge.numerics.decompositions import SIDE_MAX, svd
-from crdtmerge.numerics.products import matmul
+from crdtmerge.numerics.elementary import sqrt
+from crdtmerge.numerics.products import column_sums, matmul
 from crdtmerge.symmetry.groups import Axis, Symmetry
 
 if TYPE_CHECKING:
@@ -100,35 +101,77 @@ def rotated(model: Tensors, residual: Residual, symmetry: Symmetry, q: Array) ->
 
 
 def align_residual(
-    residual: Residual, symmetry: Symmetry, reference: Tensors, model: Tensors, *, everything: bool = False
+    residual: Residual,
+    symmetry: Symmetry,
+    reference: Tensors,
+    model: Tensors,
+    *,
+    everything: bool = False,
+    features: tuple[Array, Array] | None = None,
 ) -> Array:
     """The orthogonal q [d, d] with which ``rotated`` brings a folded model nearest to a folded reference.
 
         q = argmax sum_t <A_t, rotated(B_t, q)> = U V^T,   sum_t A_t B_t^T = U diag(s) V^T
+        features X, Y:  q = argmax sum_n <x_n / ||x_n||, q y_n / ||y_n||>
 
-    The sum is over tensors that no other group reorders (embeddings, heads): they can be compared before anything else
-    is matched. With ``everything`` it is over all, for models whose other groups are matched. The same bits everywhere
-    for d <= 512; beyond, numpy's decomposition. Raises NeedsError where the tensors do not tell all d directions.
+    The first sum is over tensors that no other group reorders (embeddings, heads): they can be compared before anything
+    else is matched. With ``everything`` it is over all, for models whose other groups are matched. With ``features``,
+    the residual values of the reference and of the model for the same tokens, float64 [d, samples] each, it is over
+    those instead, each token of length one as the norms see it. The same bits everywhere for d <= 512; beyond, numpy's
+    decomposition. Raises NeedsError where what is compared does not tell all d directions, MismatchError for features
+    of other shapes.
     """
     _require_folded(reference, residual)
     _require_folded(model, residual)
     size = symmetry.groups[residual.group].size
     s = np.zeros((size, size))
-    for name, at, _ in _turning(residual, symmetry):
-        if everything or len(symmetry.of_tensor[name]) == 1:
-            factors = symmetry.factors(name)
-            a, b = (np.moveaxis(one[name].reshape(factors), at, 0).reshape(size, -1) for one in (reference, model))
-            s = s + matmul(a, np.ascontiguousarray(b.T))
-    if size <= SIDE_MAX:
-        u, values, vt = svd(s)
+    if features is not None:
+        x, y = features
+        require_features(size, x, y)
+        s = matmul(_unit_columns(x), np.ascontiguousarray(_unit_columns(y).T))
     else:
-        u, values, vt = np.linalg.svd(s)
-    if len(values) < size or values[-1] <= 1e-12 * values[0]:
+        for name, at, _ in _turning(residual, symmetry):
+            if everything or len(symmetry.of_tensor[name]) == 1:
+                factors = symmetry.factors(name)
+                a, b = (np.moveaxis(one[name].reshape(factors), at, 0).reshape(size, -1) for one in (reference, model))
+                s = s + matmul(a, np.ascontiguousarray(b.T))
+    q = procrustes(s)
+    if q is None:
         raise NeedsError(
-            f"the tensors that are compared tell fewer than the {size} directions of the residual stream; match the "
-            "other groups first, then compare all tensors (everything=True)."
+            f"what is compared tells fewer than the {size} directions of the residual stream; give features of more "
+            "tokens, or match the other groups first, then compare all tensors (everything=True)."
         )
+    return q
+
+
+def procrustes(s: Array) -> Array | None:
+    """argmax <S, Q> over orthogonal Q [n, n] = U V^T,  S = U diag(s) V^T;  None where S has not full rank.
+
+    The same bits everywhere for n <= 512; beyond, numpy's decomposition. (Schoenemann, Psychometrika 31, 1966.)
+
+    >>> procrustes(np.array([[0.0, 2.0], [-3.0, 0.0]])).round(12) + 0.0
+    array([[ 0.,  1.],
+           [-1.,  0.]])
+    """
+    u, values, vt = svd(s) if len(s) <= SIDE_MAX else np.linalg.svd(s)
+    if len(values) < len(s) or values[-1] <= 1e-12 * values[0]:
+        return None
     return matmul(u, vt)
+
+
+def require_features(size: int, x: Array, y: Array) -> None:
+    """Raise MismatchError unless both are [size, samples]."""
+    if x.ndim != 2 or x.shape != y.shape or len(x) != size:
+        raise MismatchError(
+            f"features of {size} units of two models are [{size}, samples] each, of the same samples, not "
+            f"{list(x.shape)} and {list(y.shape)}."
+        )
+
+
+def _unit_columns(x: Array) -> Array:
+    """Columns of length one; zeros stay zeros."""
+    length = sqrt(column_sums(x * x))
+    return np.divide(x, length, out=np.zeros_like(x), where=length > 0)
 
 
 def _turning(residual: Residual, symmetry: Symmetry) -> list[Axis]:
@@ -176,7 +219,7 @@ class _Walk:
     def norms(self) -> tuple[Norm, ...] | None:
         """The norms of the group; None if it may not be turned."""
         for node in self._nodes:
-            if node.op == "placeholder" or _operator(node) == "_assert_tensor_metadata":
+            if node.op == "placeholder" or operator_of(node) == "_assert_tensor_metadata":
                 continue
             given = [self._states.get(arg.name) for arg in node.all_input_nodes]
             state = self._of(node)
@@ -213,7 +256,7 @@ class _Walk:
 
     def _consumed(self, node: Node) -> bool:
         """Whether a node is a linear layer that takes in a residual or a normed value."""
-        if _operator(node) != "linear":
+        if operator_of(node) != "linear":
             return False
         state = self._states.get(getattr(node.args[0], "name", ""))
         weight = self._owns(node.args[1])
@@ -225,7 +268,7 @@ class _Walk:
 
     def _of(self, node: Node) -> _State | None:
         """What a node's value is; None if it is nothing of the group's."""
-        name, args = _operator(node), list[Any](node.args)
+        name, args = operator_of(node), list[Any](node.args)
         states = [self._states.get(getattr(arg, "name", "")) for arg in args]
         first = states[0] if states else None
         second = states[1] if len(states) > 1 else None
@@ -290,5 +333,6 @@ class _Walk:
         return state._replace(scale=name)
 
 
-def _operator(node: Node) -> str:
+def operator_of(node: Node) -> str:
+    """The name of the operator that a node of a graph calls; nothing for other nodes."""
     return str(node.target).partition(".")[2].partition(".")[0] if node.op == "call_function" else ""

@@ -21,8 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crdtmerge.errors import UsageError
-from crdtmerge.strategies.matching import match_many, match_to
-from crdtmerge.symmetry.groups import Axis, Group, Permutation, Symmetry
+from crdtmerge.strategies.matching import match_many, match_to, standing_for
+from crdtmerge.symmetry.groups import Permutation, Symmetry
 from crdtmerge.train.pool import State
 
 if TYPE_CHECKING:
@@ -72,13 +72,7 @@ class Alignment:
         if self.watch is None:
             named = symmetry.of_tensor
             return symmetry, [{name: model[name].double().cpu().numpy() for name in named} for model in models]
-        watched = [[_standardised(x) for x in self.watch(model)] for model in models]
-        names = [f"group.{i}" for i in range(len(self.symmetry.groups))]
-        groups = tuple(
-            Group(group.size, (Axis(name, 0),)) for name, group in zip(names, self.symmetry.groups, strict=True)
-        )
-        shapes = {name: tuple((size,) for size in x.shape) for name, x in zip(names, watched[0], strict=True)}
-        return Symmetry(groups, shapes), [dict(zip(names, one, strict=True)) for one in watched]
+        return standing_for(self.symmetry, [[_standardised(x) for x in self.watch(model)] for model in models])
 
 
 def _standardised(x: NDArray[np.float64]) -> NDArray[np.float64]:

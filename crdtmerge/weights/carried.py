@@ -1,4 +1,4 @@
-"""Configuration and tokenizer files that travel with a model into the output, by an allow-list.
+"""Small files that travel with a model into the output (configuration, tokenizer, symmetry), by an allow-list.
 
 RULES
 1. Only the names below, only regular files (links as ``links`` allows), together at most
@@ -32,6 +32,8 @@ CARRIED_NAMES = frozenset(
         # its images, sound and video
         *("preprocessor_config.json", "processor_config.json", "image_processor_config.json"),
         *("video_preprocessor_config.json", "feature_extractor_config.json"),
+        # which of its units may be reordered together (``symmetry.groups``)
+        "symmetry.json",
     }
 )
 """Every file name that is carried."""
@@ -57,6 +59,11 @@ def carried_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
     if stripped:
         notes.append(f"{_CODE_KEY}, which names code to run, was taken out of {some(stripped)}")
     return files, notes
+
+
+def carried_file(folder: Path, name: str) -> bytes | None:
+    """One of these files, of those that are carried byte for byte; None where there is none. Raises CheckpointError."""
+    return read_small(folder, name, limits.CARRIED_FILES_BYTES_MAX) if name in names_in(folder) else None
 
 
 def names_in(folder: Path) -> list[str]:

@@ -56,6 +56,29 @@ def test_align_is_the_short_way(files: list[Path], tmp_path: Path) -> None:
     assert applied["output_digest"] == short["output_digest"]
 
 
+def test_a_pool_merges_aligned_models_with_nothing_but_what_travels(files: list[Path], tmp_path: Path) -> None:
+    symmetry, first, *others = files
+    base = models.save_folder(tmp_path / "base", load_file(first), {"symmetry.json": symmetry.read_text()})
+    pool, out = tmp_path / "pool", tmp_path / "out"
+    begun = here("init", pool, "--base", base, "--strategy", "linear", "--align", "weights", "--json").json
+    assert begun["recipe"]["strategy"] == "aligned"
+    assert begun["recipe"]["params"]["inner"] == "linear"
+    for model in others:
+        assert here("add", model, "-C", pool).code == 0
+    linear = here("resolve", "-C", pool, "-o", out, "--json").json
+    given = ["--base", base, "--align", "weights", "--json"]
+    assert linear["merge_id"] == here("merge", *others, "--strategy", "linear", *given).json["merge_id"]
+    changed = here("recipe", "task_arithmetic", "--align", "weights", "-C", pool, "--json").json
+    assert (changed["strategy"], changed["params"]["inner"]) == ("aligned", "task_arithmetic")
+    resolved = here("resolve", "-C", pool, "-o", out, "--json").json
+    assert resolved["merge_id"] == here("merge", *others, "--strategy", "task_arithmetic", *given).json["merge_id"]
+    assert all(torch.equal(x, load_file(first)[name]) for name, x in load_file(out / "model.safetensors").items())
+    assert (out / "symmetry.json").read_bytes() == symmetry.read_bytes()
+    assert here("verify", out).code == 0
+    assert here("recipe", "--align", "weights", "-C", pool).code == 2
+    assert here("init", tmp_path / "other", "--from", pool, "--align", "weights").code == 2
+
+
 def test_what_is_missing_is_named(files: list[Path]) -> None:
     ran = here("merge", *files[1:], "--strategy", "rebasin")
     assert ran.code == 2

@@ -97,8 +97,11 @@ def test_each_end_has_its_exit_code(inputs: list[Path], tmp_path: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_a_wrong_request_ends_with_2_and_says_why_on_stderr(arguments: list[str], tmp_path: Path) -> None:
-    ran = process(*arguments, cwd=tmp_path)
+def test_a_wrong_request_ends_with_2_and_says_why_on_stderr(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ran = here(*arguments)
     assert ran.code == 2
     assert ran.err if arguments else ran.out + ran.err
     assert "Traceback" not in ran.err
@@ -393,8 +396,14 @@ def test_a_merge_that_is_interrupted_says_so(many: list[Path], tmp_path: Path) -
 # Help
 
 
+WIDE = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+
+
 def told(*arguments: str) -> str:
-    ran = process(*arguments, settings={"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"})
+    with pytest.MonkeyPatch.context() as own:
+        for name, value in WIDE.items():
+            own.setenv(name, value)
+        ran = here(*arguments)
     assert (ran.code, ran.err) == (0, "")
     return ran.out
 
@@ -431,7 +440,8 @@ def test_the_help_of_a_command_ends_with_an_example_that_it_takes(command: str) 
 
 
 def test_the_help_of_the_program_lists_every_command() -> None:
-    text, keys = told("--help"), told("keys", "--help")
+    text, keys = process("--help", settings=WIDE).out, told("keys", "--help")
+    assert text == told("--help")
     assert all(command.split()[0] in text for command in COMMANDS)
     assert all(command.split()[1] in keys for command in COMMANDS if command.startswith("keys "))
     assert {*COMMANDS, "demo"} == set(ALL)

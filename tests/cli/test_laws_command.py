@@ -13,7 +13,7 @@ from crdtmerge.numerics.lazy import torch
 from crdtmerge.strategies.consensus import Ties
 from crdtmerge.strategies.protocol import Plan, Rng, Unit
 from crdtmerge.testing import laws as measuring
-from tests.resolve.running import here, process
+from tests.resolve.running import here
 
 
 def test_it_prints_a_row_for_each_strategy_that_is_named() -> None:
@@ -60,7 +60,7 @@ def test_strategies_that_run_a_program_run_one_that_ships_with_the_command() -> 
 
 @pytest.mark.parametrize("arguments", [[], ["ties", "--all"], ["tis"], ["ties", "--dim", "0"]], ids=str)
 def test_a_wrong_request_ends_with_2(arguments: list[str]) -> None:
-    ran = process("laws", *arguments)
+    ran = here("laws", *arguments)
     assert ran.code == 2
     assert ran.err
 

@@ -54,7 +54,7 @@ class Anchored(Strategy[Parameters]):
 
     def plan(self, view: View, p: Callable[[str], Parameters], rng: Rng) -> Plan:
         Anchored.plans += 1
-        return Plan({"shift": float(view.input("shift").read_text())})
+        return Plan({"shift": float(view.input("shift", 100).data)})
 
     def apply(self, u: Unit, plan: Plan, p: Parameters, rng: Rng) -> torch.Tensor:
         return mean(u.xs) + plan["shift"] * u.models["anchor"]

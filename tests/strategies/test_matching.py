@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from crdtmerge.numerics.assignment import best_assignment
 from crdtmerge.numerics.philox import stream
+from crdtmerge.numerics.products import matmul
+from crdtmerge.strategies import matching
 from crdtmerge.strategies.evolution import Draws
-from crdtmerge.strategies.matching import match_many, match_to, shuffled
+from crdtmerge.strategies.matching import match_many, match_to, shuffled, standing_for
 from crdtmerge.symmetry.groups import Axis, Group, Permutation, Symmetry, inverse
 
 Array = NDArray[np.float64]
@@ -227,3 +230,53 @@ def test_the_order_of_visits_is_that_of_the_symmetry() -> None:
     draws = Draws(stream(b"x", "y", b"", ""))
     assert sorted(shuffled(9, draws)) == list(range(9))
     assert len({tuple(shuffled(9, draws)) for _ in range(20)}) > 15
+
+
+def observed(count: int) -> tuple[Symmetry, list[Network]]:
+    """Activations of a few networks that resemble each other, with their units in different orders."""
+    rng = np.random.default_rng(3)
+    symmetry = perceptron(4, 16, 9, 2)
+    true = [rng.standard_normal((group.size, 30)) for group in symmetry.groups]
+    models = [[(x + rng.standard_normal(x.shape))[rng.permutation(len(x))] for x in true] for _ in range(count)]
+    return standing_for(symmetry, models)
+
+
+def test_activations_are_matched_by_one_product_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    symmetry, (one, other) = observed(2)
+    wanted = [best_assignment(matmul(one[name], other[name].T)) for name in symmetry.tensors]
+    products: list[int] = []
+
+    def counted(a: Array, b: Array) -> Array:
+        products.append(len(a))
+        return matmul(a, b)
+
+    monkeypatch.setattr(matching, "matmul", counted)
+    for start in (None, drawn(symmetry, 0)):
+        products.clear()
+        found = match_to(symmetry, one, other, start)
+        assert all((p == q).all() for p, q in zip(found, wanted, strict=True))
+        assert sorted(products) == [9, 16]
+
+
+def test_many_are_matched_as_by_visiting_everyone_until_nobody_moves() -> None:
+    symmetry, models = observed(5)
+    found = match_many(symmetry, models)
+    orders = Draws(stream(symmetry.digest, "matching models", b"", ""))
+    at: dict[int, list[Permutation]] = {}
+
+    def told() -> list[object]:
+        return [[p.tolist() for p in at[i]] for i in sorted(at)]
+
+    before: list[object] | None = None
+    while before != told():
+        before = told()
+        for i in shuffled(5, orders):
+            others = [turned(symmetry, models[j], at[j]) for j in sorted(at) if j != i]
+            at.setdefault(i, symmetry.identities())
+            for group, name in enumerate(symmetry.tensors) if others else ():
+                total = others[0][name]
+                for other in others[1:]:
+                    total = total + other[name]
+                at[i][group] = best_assignment(matmul(total, models[i][name].T), at[i][group])
+    wanted = [[p[inverse(q)] for p, q in zip(at[i], at[0], strict=True)] for i in range(5)]
+    assert [[p.tolist() for p in own] for own in found] == [[p.tolist() for p in own] for own in wanted]

@@ -15,6 +15,8 @@ from crdtmerge.errors import InputError, OutputError
 from crdtmerge.programs.runner import Ran, Runner
 from crdtmerge.symmetry.derive import derived
 from crdtmerge.symmetry.groups import Symmetry, decode
+from crdtmerge.weights.carried import carried_files
+from tests.resolve.models import save_folder
 from tests.symmetry.families import FAMILIES, Flat
 
 
@@ -72,6 +74,13 @@ def test_the_table_says_what_makes_and_what_consumes_and_the_file_replaces_a_sym
     assert lines[3].startswith("2 groups; random permutations change results by at most ")
     assert lines[4].startswith("digest ")
     assert decode(out.read_bytes(), str(out)) == derived(torch.export.load(images)).symmetry
+
+
+def test_it_is_written_into_a_checkpoint_that_carries_it(images: Path, tmp_path: Path) -> None:
+    out = save_folder(tmp_path / "base", {"w": torch.ones(2)}, {"config.json": "{}"}) / "symmetry.json"
+    assert run("--program", images, "-o", out)[0] == 0
+    assert sorted(path.name for path in out.parent.iterdir()) == ["config.json", "model.safetensors", "symmetry.json"]
+    assert carried_files(out.parent)[0]["symmetry.json"] == out.read_bytes()
 
 
 def test_a_file_that_is_no_symmetry_is_not_written_over(images: Path, tmp_path: Path) -> None:
