@@ -184,7 +184,7 @@ def ground(seed: int, count: int, split: str, convolutional: bool = False) -> Gr
 def loop(
     here: Ground, alignment: train.Alignment | None = None, *, repair: bool, alone: bool = False, rounds: int = ROUNDS
 ) -> Run:
-    """Merge with the neighbours and train on, ``rounds`` times; at the end one merge of all."""
+    """Merge with the neighbours and train on, ``rounds`` times; at the end one merge of all, counted by examples."""
     graph = train.ring(len(here.starts))
     pools = [train.InMemory(cm.MergeState("weight_average")) for _ in here.starts]
     rule = train.oneself if alone else train.neighbours(graph.metropolis(), [pool.author for pool in pools])
@@ -194,6 +194,8 @@ def loop(
         peers.append(train.Peer(pool, start, here.local(i), rule=rule, alignment=alignment, repair=mend))
     rows = train.together(peers, graph, rounds, here.score)
     spread(peers)
+    for peer in peers:
+        peer.weighing = train.Weighing(examples=1)
     finals = [peer.final_merge() for peer in peers]
     assert len({one.receipt.output_digest for one in finals}) == 1, "equal sets give equal bytes"
     after = [row.mean_merged for row in rows]
