@@ -314,9 +314,7 @@ def table(seeds: int) -> None:
         }
         goal = curves["averages at every step (CDSGD)"][-1]
         print(f"\n{count} peers on a ring, shares {split}\n")
-        print(
-            "| method | after 1 merge | 5 | 10 | trained on | one merge of all | kB to a neighbour | until CDSGD's |"
-        )
+        print("| method | after 1 merge | 5 | 10 | trained on | one merge of all | kB to a neighbour | until CDSGD's |")
         print("|---|---|---|---|---|---|---|---|")
         for name, own in runs.items():
             curve, sent = curves[name], own[0].sent / 1000

@@ -51,21 +51,21 @@ def words(s: Stream, start: int, stop: int, device: torch.device | str = "cpu") 
     """
     first, last = start // 8, -(-stop // 8)
     index = torch.arange(first, last, dtype=torch.int64, device=device)
-    upper, lower = (_halves(philox(index & MASK, index >> 32, one)) for one in (s, s._replace(c3=s.c3 ^ 1)))
-    return ((upper << 16) | lower)[start - 8 * first : stop - 8 * first]
-
-
-def _halves(block: tuple[Tensor, ...]) -> Tensor:
-    """The half-words of blocks: four words [n] -> [8 n], each word's lower half first."""
-    words = torch.stack(block, dim=1).reshape(-1)
-    return torch.stack([words & 0xFFFF, words >> 16], dim=1).reshape(-1)
+    twice = index.expand(2, -1)
+    ends = torch.tensor([[s.c3], [s.c3 ^ 1]], dtype=torch.int64, device=device)
+    block = torch.stack(_rounds(twice & MASK, twice >> 32, torch.full_like(ends, s.c2), ends, s.k0, s.k1), dim=2)
+    upper, lower = torch.stack([block & 0xFFFF, block >> 16], dim=3).flatten(1)
+    found: Tensor = ((upper << 16) | lower)[start - 8 * first : stop - 8 * first]
+    return found
 
 
 def philox(low: Tensor, high: Tensor, s: Stream) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four words of the blocks whose counters are (low, high, c2, c3), in int64 that wraps."""
-    x0, x1 = low, high
-    x2, x3 = torch.full_like(low, s.c2), torch.full_like(low, s.c3)
-    k0, k1 = s.k0, s.k1
+    return _rounds(low, high, torch.full_like(low, s.c2), torch.full_like(low, s.c3), s.k0, s.k1)
+
+
+def _rounds(x0: Tensor, x1: Tensor, x2: Tensor, x3: Tensor, k0: int, k1: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds over the counters (x0, x1, x2, x3), whose shapes broadcast."""
     for _ in range(ROUNDS):
         p0, p1 = x0 * M0, x2 * M1
         x0, x1, x2, x3 = ((p1 >> 32) & MASK) ^ x1 ^ k0, p1 & MASK, ((p0 >> 32) & MASK) ^ x3 ^ k1, p0 & MASK

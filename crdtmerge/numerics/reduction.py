@@ -32,13 +32,17 @@ def block_sums(values: Tensor) -> Tensor:
     """Sum of each block of 65,536 elements: float64 [n] -> float64 [ceil(n / 65536)]."""
     n = values.numel()
     blocks = -(-n // BLOCK)
-    padded = torch.zeros(blocks * BLOCK, dtype=torch.float64, device=values.device)
+    height = ROWS if blocks != 1 else -(-n // LANES)
+    width = LANES if height != 1 else 1 << (n - 1).bit_length()
+    padded = torch.zeros(blocks * height * width, dtype=torch.float64, device=values.device)
     padded[:n] = values
-    rows = padded.view(blocks, ROWS, LANES)
+    rows = padded.view(blocks, height, width)
     lanes = rows[:, 0, :]
-    for row in range(1, ROWS):
+    for row in range(1, height):
         lanes = lanes + rows[:, row, :]
-    half = LANES // 2
+    if height < ROWS:
+        lanes = lanes + 0.0  # what adding all the zeros that are left out does: -0 becomes 0
+    half = width // 2
     while half >= 1:
         lanes = lanes[:, :half] + lanes[:, half : 2 * half]
         half //= 2

@@ -36,7 +36,13 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="crdtmerge")
 
     def map(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """``work`` of each item, in the order of the items; the first error ends it and is raised."""
+        """``work`` of each item, in the order of the items; the first error ends it and is raised.
+
+        One thread is the caller's own.
+        """
+        if self.threads == 1:
+            yield from map(work, items)
+            return
         flying: deque[Future[Result]] = deque()
         try:
             for item in items:

@@ -100,9 +100,15 @@ class Room:
         return quota
 
     def manifest(self, content: bytes) -> Manifest | None:
-        """The manifest of a content that was added, or of the base."""
+        """The manifest of a content that was added, or of the base. Raises DatabaseError for one that is damaged."""
         row = self.database.one("SELECT manifest FROM manifests WHERE content = ?", (content,))
-        return None if row is None else Manifest.from_bytes(row[0])
+        return None if row is None else self._manifest(row[0])
+
+    def _manifest(self, kept: bytes) -> Manifest:
+        try:
+            return Manifest.from_bytes(kept)
+        except InputError as fault:
+            raise self.database.damaged(f"a manifest: {fault}") from fault
 
     @property
     def architecture(self) -> Architecture | None:
@@ -110,7 +116,7 @@ class Room:
         if self.genesis.architecture is not None:
             return self.genesis.architecture
         row = self.database.one("SELECT manifest FROM manifests ORDER BY content LIMIT 1")
-        return Architecture.of(Manifest.from_bytes(row[0]).rows) if row else None
+        return Architecture.of(self._manifest(row[0]).rows) if row else None
 
     def is_ready(self, content: bytes) -> bool:
         """Whether all tensors of a content are here."""

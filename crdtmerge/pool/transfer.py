@@ -72,7 +72,9 @@ class Giving:
 
     def manifest_sizes(self) -> dict[bytes, int]:
         """The bytes of each manifest that is here, by content."""
-        return dict(self._room.database.rows("SELECT content, length(manifest) FROM manifests ORDER BY content"))
+        return dict(
+            self._room.database.rows("SELECT content, length(manifest) AS bytes FROM manifests ORDER BY content")
+        )
 
     def lease(self) -> Lease:
         """A context in which blobs that it is told of are not collected."""

@@ -23,7 +23,7 @@ The tables, by (key, member) -> value:
 from __future__ import annotations
 
 from crdtmerge.canonical import digest
-from crdtmerge.errors import UnknownOpError
+from crdtmerge.errors import DatabaseError, OpError, UnknownOpError
 from crdtmerge.replica.genesis import Genesis
 from crdtmerge.replica.members import Members, Past, Rank
 from crdtmerge.replica.op import Grant, Op, Remove, Retract, Revoke, SetRecipe
@@ -48,13 +48,16 @@ class Log:
         return self.tables.has("ops", identity)
 
     def op(self, identity: bytes) -> Op:
-        """An operation that is here. Raises UnknownOpError."""
+        """An operation that is here. Raises UnknownOpError; DatabaseError for one that is not as it was."""
         op = self._met.get(identity)
         if op is None:
             wire = self.tables.get("ops", identity)
             if wire is None:
                 raise UnknownOpError(f"operation {identity.hex()} is not here.")
-            op = Op.stored(wire)
+            try:
+                op = Op.stored(wire)
+            except OpError as fault:
+                raise DatabaseError(f"{fault} It was kept here and is damaged: run `crdtmerge fsck --mend`.") from fault
             self.meet(op)
         return op
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 Value = Any
+Shape = Any
 
 NAMES = (
     *("ops", "order", "heads", "dots", "tips", "forks"),
@@ -21,6 +22,36 @@ NAMES = (
 
 RAW = frozenset({"ops", "nodes"})
 """Tables whose values are all bytes."""
+
+_NAMED = [(str, bytes)]
+
+SHAPES: dict[str, Shape] = {
+    **dict.fromkeys(NAMES),
+    **dict.fromkeys(("ops", "nodes", "context"), bytes),
+    **dict.fromkeys(("tips", "removed"), (int, bytes)),
+    **dict.fromkeys(("live", "retracts"), (bytes, bool)),
+    "contexts": [bytes],
+    "adds": {str, None},
+    "hidden": (str, bytes),
+    "visible": (str, str, {str, None}, _NAMED, str, [bytes], _NAMED, {str, None}),
+}
+"""What the values of each table are: a type or None, a tuple of them, a list of one for a tuple of any length, a set
+for one or the other."""
+
+
+def fits(shape: Shape, value: Value) -> bool:
+    """Whether a value is of a shape.
+
+    >>> fits((int, bytes), (3, b"id")), fits((int, bytes), None), fits([bytes], (b"a", b"b", 3))
+    (True, False, False)
+    """
+    if isinstance(shape, tuple):
+        return type(value) is tuple and len(value) == len(shape) and all(map(fits, shape, value))
+    if isinstance(shape, list):
+        return type(value) is tuple and all(fits(shape[0], one) for one in value)
+    if isinstance(shape, set):
+        return any(fits(one, value) for one in shape)
+    return value is None if shape is None else type(value) is shape
 
 
 class Tables(Protocol):

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -196,7 +196,7 @@ class Merge:
     def plan(self) -> Plan:
         """What the strategy must know of the whole input: made at the first use. Raises what the strategy raises."""
         if self._made is None:
-            with _one_thread_of_torch(), closing(self._view()) as view:
+            with self._one_thread(), closing(self._view()) as view:
                 self._made = self.strategy.plan(view, self.params.at, self._rng)
         return self._made
 
@@ -232,13 +232,27 @@ class Merge:
 
     def run(self, sink: Sink, *, folder: bool) -> Receipt:
         """Plan, then write every merged tensor into the sink. Raises what the strategy, sources and sink raise."""
-        with _one_thread_of_torch():
+        with self._one_thread():
             digests = self._run(sink)
         for source in [*self._inputs, *self._beside.sources]:
             source.check_unchanged()
         if self.options.rehash:
             self._beside.check_read()
         return self._receipt(digests, folder)
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """One thread inside operations of torch, and of BLAS in exact products: tensors are what runs in parallel.
+
+        Afterwards they have the threads that they had, torch if it was loaded.
+        """
+        threads = torch.get_num_threads() if "torch" in sys.modules else None
+        with ExitStack() as limited:
+            if threads is not None:
+                limited.callback(torch.set_num_threads, threads)
+            if self.needs.unit == "tensor" and self.needs.exact:
+                limited.enter_context(_blas().limit(limits=1))
+            yield
 
     def _run(self, sink: Sink) -> Digests:
         work = Work(
@@ -317,15 +331,11 @@ def _path(source: Source) -> str | None:
     return str(source.path.resolve()) if source.path else None
 
 
-@contextmanager
-def _one_thread_of_torch() -> Iterator[None]:
-    """Afterwards torch has the intra-op threads that it had, if it was loaded: a merge sets them to one."""
-    threads = torch.get_num_threads() if "torch" in sys.modules else None
-    try:
-        yield
-    finally:
-        if threads is not None:
-            torch.set_num_threads(threads)
+@cache
+def _blas() -> Any:
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController().select(user_api="blas")
 
 
 def needs_of(recipe: Recipe) -> tuple[Strategy[Any], Filled[Any], Needs]:

@@ -85,14 +85,30 @@ class Blobs:
     def get(self, digest: bytes) -> Blob | None:
         """A blob that is here, and no trash."""
         row = self.database.one(f"{_SELECT} WHERE digest = ? AND state = 'ready'", (digest,))
-        return None if row is None else _blob(row)
+        return None if row is None else self._blob(row)
 
-    def every(self) -> Iterable[tuple[Blob, str]]:
-        """All blobs in the order of their digests, with their state."""
-        for row in self.database.rows("SELECT digest, state FROM blobs ORDER BY digest"):
-            found = self.database.one(f"{_SELECT} WHERE digest = ?", (row[0],))
-            if found is not None:
-                yield _blob(found), row[1]
+    def every(self) -> Iterable[tuple[bytes, Blob | None, str]]:
+        """All digests in order with their blobs, None where its row is damaged, and their state."""
+        for digest, state in sorted(self.database.sound("digest, state", "blobs")):
+            try:
+                found = self.database.one(f"{_SELECT} WHERE digest = ?", (digest,))
+                yield digest, None if found is None else self._blob(found), state
+            except DatabaseError:
+                yield digest, None, state
+
+    def _blob(self, row: tuple[Any, ...]) -> Blob:
+        digest, nbytes, pieces, dtype, shape, nonfinite, inline = row
+        try:
+            kind = None if dtype is None else DTYPES[dtype]
+            sizes = tuple(msgpack.unpackb(shape)) if shape else ()
+            bad = tuple(msgpack.unpackb(nonfinite)) if nonfinite else None
+            bytes_fit = nbytes == (kind.nbytes(sizes) if kind else max(nbytes, 0))
+            pieces_fit = len(pieces) == 32 * -(-nbytes // limits.PIECE_BYTES) or (kind is None and not pieces)
+            if not (bytes_fit and pieces_fit and (inline is None or len(inline) == nbytes)):
+                raise ValueError("its sizes contradict each other")
+        except (ValueError, TypeError, KeyError, OverflowError, msgpack.exceptions.UnpackException) as fault:
+            raise self.database.damaged(f"the row of a blob: {fault!s:.80}") from fault
+        return Blob(digest, nbytes, pieces, kind, sizes, bad, inline)
 
     def path(self, digest: bytes) -> Path:
         """Where the file of a blob lies."""
@@ -187,22 +203,6 @@ class Blobs:
 
 
 _SELECT = "SELECT digest, bytes, pieces, dtype, shape, nonfinite, inline FROM blobs"
-
-
-def _blob(row: tuple[Any, ...]) -> Blob:
-    digest, nbytes, pieces, dtype, shape, nonfinite, inline = row
-    try:
-        return Blob(
-            digest,
-            nbytes,
-            pieces,
-            None if dtype is None else DTYPES[dtype],
-            tuple(msgpack.unpackb(shape)) if shape else (),
-            tuple(msgpack.unpackb(nonfinite)) if nonfinite else None,
-            inline,
-        )
-    except (ValueError, TypeError, KeyError, msgpack.exceptions.UnpackException) as fault:
-        raise DatabaseError(f"the row of a blob is damaged ({fault!s:.80}). Run `crdtmerge fsck --mend`.") from fault
 
 
 @dataclass

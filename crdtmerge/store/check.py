@@ -53,15 +53,18 @@ def check(
     for (said,) in database.rows("PRAGMA integrity_check"):
         if said != "ok":
             report.faults.append(f"the database: {said}")
+    for table, count in database.misfits().items():
+        report.faults.append(f"{count} rows of the table {table} do not hold what is declared")
     manifests = dict(_manifests(database, report))
-    _check_ops(genesis, database, manifests, report, progress)
+    held = _check_ops(genesis, database, manifests, report, progress)
     _check_blobs(blobs, report, progress)
-    _check_contents(genesis, database, manifests, report)
+    _check_contents(genesis, database, manifests, held, report)
     return report
 
 
 def mend(genesis: Genesis, database: Database, blobs: Blobs, report: Report) -> None:
-    """Rebuild what follows from the operations, and let go of damaged blobs. Within a transaction."""
+    """Rebuild what follows from the operations, and let go of damaged rows and blobs. Within a transaction."""
+    database.drop_misfits()
     ops = list(_ops(database, Report()))
     manifests = dict(_manifests(database, Report()))
     for name in NAMES:
@@ -83,7 +86,7 @@ def mend(genesis: Genesis, database: Database, blobs: Blobs, report: Report) -> 
 
 
 def _manifests(database: Database, report: Report) -> Iterator[tuple[bytes, Manifest]]:
-    for content, data in database.rows("SELECT content, manifest FROM manifests"):
+    for content, data in database.sound("content, manifest", "manifests"):
         try:
             manifest = Manifest.from_bytes(data)
             if manifest.id != content:
@@ -95,7 +98,7 @@ def _manifests(database: Database, report: Report) -> Iterator[tuple[bytes, Mani
 
 
 def _ops(database: Database, report: Report) -> Iterator[Op]:
-    for identity, wire in database.rows("SELECT key, value FROM set_ops"):
+    for identity, wire in database.sound("key, value", "set_ops"):
         try:
             op = Op.from_wire(wire)
             if op.id != identity:
@@ -112,8 +115,8 @@ def _check_ops(
     manifests: dict[bytes, Manifest],
     report: Report,
     progress: Callable[[str, int, int], None],
-) -> None:
-    """Every operation by itself, then all of them again from nothing, then table by table."""
+) -> list[bytes]:
+    """Every operation by itself, then all of them again from nothing, then table by table; the contents they hold."""
     row = database.one("SELECT count(*) FROM set_ops")
     total = row[0] if row else 0
     ops = []
@@ -135,25 +138,28 @@ def _check_ops(
             same = False
         if not same:
             report.faults.append(f"the table {name} is not what follows from the operations")
+    return again.held()
 
 
 def _check_blobs(blobs: Blobs, report: Report, progress: Callable[[str, int, int], None]) -> None:
     total = blobs.used()
-    for blob, state in blobs.every():
-        fault = fault_in(blobs, blob)
+    for digest, blob, state in blobs.every():
+        fault = fault_in(blobs, blob) if blob else "is not described as it was"
         report.blobs += 1
-        report.nbytes += blob.nbytes
+        report.nbytes += blob.nbytes if blob else 0
         progress("blobs", report.nbytes, total)
         if fault is not None and state == "ready":
-            report.damaged.append(blob.digest)
-            report.faults.append(f"blob {blob.digest.hex()} {fault}")
+            report.damaged.append(digest)
+            report.faults.append(f"blob {digest.hex()} {fault}")
 
 
-def _check_contents(genesis: Genesis, database: Database, manifests: dict[bytes, Manifest], report: Report) -> None:
+def _check_contents(
+    genesis: Genesis, database: Database, manifests: dict[bytes, Manifest], held: list[bytes], report: Report
+) -> None:
     """Which contents lack tensors that this replica had."""
     here = _blobs_here(database) - set(report.damaged)
-    ready = {row[0] for row in database.rows("SELECT content FROM ready")}
-    for content in OpSet(genesis, SqliteTables(database)).held():
+    ready = {row[0] for row in database.sound("content", "ready")}
+    for content in held:
         manifest = manifests.get(content)
         if content not in ready and manifest is not None and all(row.digest in here for row in manifest.rows):
             report.faults.append(f"contribution {content.hex()} is here, but not marked as ready")
@@ -168,4 +174,4 @@ def _check_contents(genesis: Genesis, database: Database, manifests: dict[bytes,
 
 
 def _blobs_here(database: Database) -> set[bytes]:
-    return {row[0] for row in database.rows("SELECT digest FROM blobs WHERE state = 'ready'")}
+    return {digest for digest, state in database.sound("digest, state", "blobs") if state == "ready"}

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import msgpack
 
 from crdtmerge.errors import DatabaseError, ReplicaError, StorageError
-from crdtmerge.replica.tables import NAMES, RAW
+from crdtmerge.replica.tables import NAMES, RAW, SHAPES, fits
+from crdtmerge.store import schema
 
 APPLICATION_ID = 0x43524D47
 """``CRMG`` in the file's header, so that ``file`` and we know it."""
@@ -38,27 +39,6 @@ NAME = "pool.sqlite"
 
 _NETWORK = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "ceph", "9p", "fuse.sshfs", "glusterfs", "lustre"})
 
-_TABLES = """
-CREATE TABLE meta (name TEXT PRIMARY KEY, value BLOB) WITHOUT ROWID;
-CREATE TABLE manifests (content BLOB PRIMARY KEY, manifest BLOB NOT NULL);
-CREATE TABLE seen (op BLOB PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE waiting (op BLOB PRIMARY KEY, wire BLOB NOT NULL) WITHOUT ROWID;
-CREATE TABLE blobs (
-    digest BLOB PRIMARY KEY, bytes INTEGER NOT NULL, pieces BLOB NOT NULL, dtype TEXT, shape BLOB, nonfinite BLOB,
-    inline BLOB, state TEXT NOT NULL, touched REAL NOT NULL);
-CREATE TABLE partials (
-    digest BLOB PRIMARY KEY, bytes INTEGER NOT NULL, dtype TEXT NOT NULL, shape BLOB NOT NULL, pieces BLOB NOT NULL,
-    have BLOB NOT NULL, nonfinite BLOB, touched REAL NOT NULL);
-CREATE TABLE peers (key BLOB PRIMARY KEY, url TEXT) WITHOUT ROWID;
-CREATE TABLE invites (secret BLOB PRIMARY KEY, expires REAL NOT NULL) WITHOUT ROWID;
-CREATE TABLE ready (content BLOB PRIMARY KEY) WITHOUT ROWID;
-CREATE TABLE leases (id BLOB PRIMARY KEY, pid INTEGER NOT NULL, started INTEGER NOT NULL, boot TEXT NOT NULL);
-CREATE TABLE leased (lease BLOB NOT NULL, digest BLOB NOT NULL, PRIMARY KEY (lease, digest)) WITHOUT ROWID;
-CREATE INDEX leased_by_digest ON leased (digest);
-CREATE TABLE merges (merge BLOB PRIMARY KEY, receipt BLOB NOT NULL);
-CREATE TABLE plans (merge BLOB PRIMARY KEY, plan BLOB NOT NULL);
-"""
-
 
 class Database:
     """An open database. Connections belong to threads; a transaction belongs to the thread that began it."""
@@ -69,6 +49,7 @@ class Database:
         self._local = threading.local()
         self._connections: list[sqlite3.Connection] = []
         self._lock = threading.Lock()
+        self._names: dict[str, tuple[str, ...]] = {}
 
     @classmethod
     def create(cls, folder: Path) -> Database:
@@ -80,13 +61,8 @@ class Database:
             connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
             connection.execute(f"PRAGMA user_version = {SCHEMA}")
             with database.transaction():
-                for statement in _TABLES.strip().split(";\n"):
+                for statement in schema.STATEMENTS:
                     connection.execute(statement)
-                for name in NAMES:
-                    connection.execute(
-                        f"CREATE TABLE {_table(name)} (key BLOB NOT NULL, member BLOB NOT NULL, value BLOB, "
-                        "PRIMARY KEY (key, member)) WITHOUT ROWID"
-                    )
         return database
 
     @classmethod
@@ -175,23 +151,55 @@ class Database:
             raise self._failed(fault) from fault
 
     def one(self, statement: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
-        """The first row, if there is one."""
+        """The first row, if there is one. Raises DatabaseError for one whose values are not of their types."""
         try:
-            row: tuple[Any, ...] | None = self._connection().execute(statement, values).fetchone()
+            cursor = self._connection().execute(statement, values)
+            row: tuple[Any, ...] | None = cursor.fetchone()
         except _FAULTS as fault:
             raise self._failed(fault) from fault
+        if row is not None:
+            self._check(statement, cursor, [row])
         return row
 
     def rows(self, statement: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
-        """All rows."""
+        """All rows. Raises DatabaseError where a value is not of its type."""
         try:
-            return self._connection().execute(statement, values).fetchall()
+            cursor = self._connection().execute(statement, values)
+            rows = cursor.fetchall()
         except _FAULTS as fault:
             raise self._failed(fault) from fault
+        self._check(statement, cursor, rows)
+        return rows
+
+    def _check(self, statement: str, cursor: sqlite3.Cursor, rows: Sequence[tuple[Any, ...]]) -> None:
+        names = self._names.get(statement)
+        if names is None:
+            names = self._names[statement] = tuple(column[0] for column in cursor.description or ())
+        column = schema.misfit(names, rows)
+        if column is not None:
+            raise self.damaged(f"a row has something else in the column {column}")
+
+    def sound(self, columns: str, table: str) -> list[tuple[Any, ...]]:
+        """The rows of a table that hold what is declared, whatever became of the others."""
+        return self.rows(f"SELECT {columns} FROM {table} WHERE {schema.sound(table)}")
+
+    def misfits(self) -> dict[str, int]:
+        """Tables with rows that do not hold what is declared, and how many."""
+        counted = (
+            f"SELECT '{table}', count(*) FROM {table} WHERE NOT ({schema.sound(table)})" for table in schema.TABLES
+        )
+        return {table: count for table, count in self.rows(" UNION ALL ".join(counted)) if count}
+
+    def drop_misfits(self) -> None:
+        """Remove those rows, within a transaction."""
+        for table in self.misfits():
+            self.run(f"DELETE FROM {table} WHERE NOT ({schema.sound(table)})")
 
     def meta(self, name: str) -> Any:
-        """A value of the replica's own, None if it was never kept."""
+        """A value of the replica's own, None if it was never kept. Raises DatabaseError for one of another type."""
         row = self.one("SELECT value FROM meta WHERE name = ?", (name,))
+        if row is not None and not schema.meta_fits(name, row[0]):
+            raise self.damaged(f"its {name} is something else")
         return None if row is None else row[0]
 
     def keep(self, name: str, value: Any) -> None:
@@ -221,14 +229,20 @@ class Database:
             raise self._failed(fault) from fault
 
     def _failed(self, fault: Exception) -> ReplicaError | StorageError:
-        if isinstance(fault, UnicodeDecodeError) or "malformed" in str(fault) or "not a database" in str(fault):
-            return DatabaseError(
-                f"{self.path}: is damaged ({fault}). What this replica shared is on its peers: begin a new one with "
-                "`crdtmerge init --from`, and give it this one's key.pem with `crdtmerge keys import`."
-            )
+        said = str(fault)
+        if isinstance(fault, UnicodeDecodeError) or any(sign in said for sign in _DAMAGE):
+            return self.damaged(said)
         return StorageError(
             f"{self.path}: {fault}. Nothing that was acknowledged is lost; make room or mend the disk, then repeat "
             "what you did."
+        )
+
+    def damaged(self, what: str) -> DatabaseError:
+        """The error for a database in which something is not as it was written."""
+        return DatabaseError(
+            f"{self.path}: is damaged ({what}). Run `crdtmerge fsck --mend`. What that does not mend is on the peers "
+            "of this replica: begin a new one with `crdtmerge init --from`, and give it this one's key.pem with "
+            "`crdtmerge keys import`."
         )
 
     def _connection(self) -> sqlite3.Connection:
@@ -253,13 +267,12 @@ class Database:
 _FAULTS = (sqlite3.DatabaseError, UnicodeDecodeError)
 """What SQLite raises; the second from damaged texts."""
 
+_DAMAGE = ("malformed", "not a database", "no such table", "no such column", "Could not decode")
+"""What its messages say of files and schemas that are not what was written."""
+
 
 _AFTER = b"\xff" * 256
 """Longer than any key: what begins with a prefix is less than the prefix and this."""
-
-
-def _table(name: str) -> str:
-    return f"set_{name}"
 
 
 class SqliteTables:
@@ -269,12 +282,12 @@ class SqliteTables:
         self._database = database
         self._sql = {
             name: _Statements(
-                f"SELECT value FROM {_table(name)} WHERE key = ? AND member = ?",
-                f"INSERT OR REPLACE INTO {_table(name)} VALUES (?, ?, ?)",
-                f"DELETE FROM {_table(name)} WHERE key = ? AND member = ?",
-                f"SELECT member, value FROM {_table(name)} WHERE key = ? ORDER BY member",
-                f"SELECT key, member, value FROM {_table(name)} WHERE key >= ? AND key < ? ORDER BY key, member",
-                f"SELECT count(*) FROM {_table(name)}",
+                f"SELECT value FROM set_{name} WHERE key = ? AND member = ?",
+                f"INSERT OR REPLACE INTO set_{name} VALUES (?, ?, ?)",
+                f"DELETE FROM set_{name} WHERE key = ? AND member = ?",
+                f"SELECT member, value FROM set_{name} WHERE key = ? ORDER BY member",
+                f"SELECT key, member, value FROM set_{name} WHERE key >= ? AND key < ? ORDER BY key, member",
+                f"SELECT count(*) FROM set_{name}",
             )
             for name in NAMES
         }
@@ -282,7 +295,7 @@ class SqliteTables:
     def get(self, table: str, key: bytes, member: bytes = b"") -> Any:
         """The value, None if there is none."""
         row = self._database.one(self._sql[table].get, (key, member))
-        return None if row is None else _read(table, row[0])
+        return None if row is None else self._read(table, row[0])
 
     def has(self, table: str, key: bytes, member: bytes = b"") -> bool:
         """Whether there is a value."""
@@ -299,19 +312,30 @@ class SqliteTables:
     def members(self, table: str, key: bytes) -> list[tuple[bytes, Any]]:
         """The members of a key, in order."""
         return [
-            (member, _read(table, value)) for member, value in self._database.rows(self._sql[table].members, (key,))
+            (member, self._read(table, value))
+            for member, value in self._database.rows(self._sql[table].members, (key,))
         ]
 
     def every(self, table: str, prefix: bytes = b"") -> Iterator[tuple[bytes, bytes, Any]]:
         """All of a table whose key begins so, in order."""
         for key, member, value in self._database.rows(self._sql[table].every, (prefix, prefix + _AFTER)):
-            yield key, member, _read(table, value)
+            yield key, member, self._read(table, value)
 
     def count(self, table: str) -> int:
         """How many values there are."""
         row = self._database.one(self._sql[table].size)
         assert row is not None, "a count is always there"
         return int(row[0])
+
+    def _read(self, table: str, kept: bytes | None) -> Any:
+        try:
+            raw = table in RAW or kept is None
+            value = kept if raw else msgpack.unpackb(kept, use_list=False, strict_map_key=False)
+        except (ValueError, TypeError, msgpack.exceptions.UnpackException) as fault:
+            raise self._database.damaged(f"a row of the table {table} cannot be read") from fault
+        if not fits(SHAPES[table], value):
+            raise self._database.damaged(f"a row of the table {table} holds something else")
+        return value
 
 
 class _Statements(NamedTuple):
@@ -326,15 +350,6 @@ class _Statements(NamedTuple):
 def _packed(value: Any) -> bytes | None:
     packed: bytes | None = None if value is None else msgpack.packb(value, use_bin_type=True)
     return packed
-
-
-def _read(table: str, value: bytes | None) -> Any:
-    if table in RAW or value is None:
-        return value
-    try:
-        return msgpack.unpackb(value, use_list=False, strict_map_key=False)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as fault:
-        raise DatabaseError(f"a row of the table {table} is damaged. Run `crdtmerge fsck --mend`.") from fault
 
 
 def refuse_network(folder: Path) -> None:

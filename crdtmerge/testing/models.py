@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,10 +77,24 @@ def model(
     return made
 
 
-def family(k: int, dtype: str = "F32", *, number: int = 100, **how: Any) -> tuple[list[Model], Model]:
+def family(
+    k: int, dtype: str = "F32", *, number: int = 100, shapes: Shapes = SHAPES, scale: float = 1.0
+) -> tuple[list[Model], Model]:
     """k models fine-tuned from a base, and the base."""
-    base = model(number, dtype, **how)
-    return [model(number + 1 + i, dtype, around=base, **(how | {"scale": 0.25})) for i in range(k)], base
+    models: list[Model] = [
+        {name: x.clone() for name, x in one.items()}
+        for one in _family(k, dtype, number, tuple(sorted(shapes.items())), scale)
+    ]
+    return models[1:], models[0]
+
+
+@lru_cache(maxsize=64)
+def _family(
+    k: int, dtype: str, number: int, shapes: tuple[tuple[str, tuple[int, ...]], ...], scale: float
+) -> list[Model]:
+    """The base and the models: drawn once, as laws ask for one family again and again."""
+    base = model(number, dtype, shapes=dict(shapes), scale=scale)
+    return [base, *(model(number + 1 + i, dtype, shapes=dict(shapes), around=base, scale=0.25) for i in range(k))]
 
 
 def constant(like: Model, value: float = 0.0) -> dict[str, Tensor]:
