@@ -27,6 +27,7 @@ from crdtmerge.resolve.merging import Merge, Options
 from crdtmerge.resolve.receipt import Receipt, merge_id
 from crdtmerge.resolve.verify import intact
 from crdtmerge.store.leases import Lease
+from crdtmerge.store.schema import sound
 from crdtmerge.store.source import BlobSource
 from crdtmerge.strategies.protocol import Plan
 
@@ -118,7 +119,7 @@ def _inputs(room: Room, lease: Lease, inputs: Mapping[str, Any], plan: Plan | st
 
 def _remembered(room: Room, identity: bytes) -> Receipt | None:
     """The receipt of an earlier merge; None if there is none, or the row is damaged: a cache makes nothing fail."""
-    data = _kept(room, "SELECT receipt FROM merges WHERE merge = ?", identity)
+    data = _kept(room, "merges", "receipt", identity)
     try:
         return None if data is None else Receipt.from_bytes(data, "the cache of merges")
     except ReceiptError:
@@ -126,13 +127,13 @@ def _remembered(room: Room, identity: bytes) -> Receipt | None:
 
 
 def _remembered_plan(room: Room, identity: bytes) -> Plan | None:
-    data = _kept(room, "SELECT plan FROM plans WHERE merge = ?", identity)
+    data = _kept(room, "plans", "plan", identity)
     return None if data is None else Plan(msgpack.unpackb(data))
 
 
-def _kept(room: Room, statement: str, identity: bytes) -> bytes | None:
+def _kept(room: Room, table: str, column: str, identity: bytes) -> bytes | None:
     """The bytes of a row, unless they are not those that were kept."""
-    row = room.database.one(statement, (identity,))
+    row = room.database.one(f"SELECT {column} FROM {table} WHERE merge = ? AND {sound(table)}", (identity,))
     data = row[0] if row else None
     if not isinstance(data, bytes) or hashlib.sha256(data[32:]).digest() != data[:32]:
         return None

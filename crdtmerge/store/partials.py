@@ -31,8 +31,12 @@ from crdtmerge.errors import FalsePeerError, InputError, StorageError
 from crdtmerge.numerics.dtypes import DTYPES, DType
 from crdtmerge.store.blobs import Blob, Blobs
 from crdtmerge.store.disk import failing
+from crdtmerge.store.schema import sound
 from crdtmerge.weights.descriptors import open_file
 from crdtmerge.weights.digests import check_values, piece_digests, tensor_digest
+
+_SOUND = f"digest = ? AND {sound('partials')}"
+"""A damaged row counts for nothing: the blob is fetched anew."""
 
 UNSYNCED_BYTES_MAX = 32 * limits.MIB
 """Bytes that are written and not yet durable, over all partial blobs."""
@@ -143,7 +147,7 @@ class Partials:
 
     def known(self, digest: bytes) -> Tree | None:
         """The tree of a blob that was begun."""
-        row = self._blobs.database.one("SELECT dtype, shape, pieces FROM partials WHERE digest = ?", (digest,))
+        row = self._blobs.database.one(f"SELECT dtype, shape, pieces FROM partials WHERE {_SOUND}", (digest,))
         return None if row is None else _tree(digest, *row)
 
     def write(self, partial: Partial, number: int, data: bytes | bytearray | memoryview) -> None:
@@ -267,7 +271,7 @@ class Partials:
 
     def _known(self, tree: Tree, size: int) -> tuple[bytearray, Bad] | None:
         """What an earlier process wrote, unless the file is no longer what it left."""
-        row = self._blobs.database.one("SELECT have, nonfinite FROM partials WHERE digest = ?", (tree.digest,))
+        row = self._blobs.database.one(f"SELECT have, nonfinite FROM partials WHERE {_SOUND}", (tree.digest,))
         if row is None:
             return None
         try:
