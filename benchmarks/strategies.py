@@ -3,13 +3,15 @@
     python -m benchmarks.strategies [--json]
 
 The paper's setting: one float32 tensor a contribution. Times are of a whole ``resolve``: reading, hashing,
-merging and the receipt, the median of several; of strategies that learn or search, with a plan of no steps.
+merging and the receipt, the median of several, with kernels that were compiled before; of strategies that learn or
+search, with a plan of no steps.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from typing import Any
@@ -22,6 +24,8 @@ from crdtmerge.strategies.parameters import Filled
 from crdtmerge.testing.case import symmetry_file
 
 SIDE, COUNT, RUNS = 64, 10, 5
+
+os.environ.setdefault("CRDTMERGE_KERNELS", "numba")
 
 UNTRAINED: dict[str, dict[str, Any]] = {
     "adaptive": {"steps": 0},

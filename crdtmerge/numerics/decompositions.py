@@ -119,6 +119,16 @@ def pivoted_qr(a: Matrix) -> tuple[Matrix, Matrix, list[int]]:
     return np.ascontiguousarray(q.T), np.ascontiguousarray(columns[:, : len(q)].T), order.tolist()
 
 
+def triangle(a: Matrix) -> tuple[Matrix, list[int]]:
+    """r and order of ``pivoted_qr``, without q."""
+    kernels = fused.rotations(min(a.shape)) if _moderate(a) else None
+    if kernels is None:
+        return defined_qr(a)[1:]
+    columns, order = a.T.copy(), np.arange(a.shape[1])
+    rank = len(kernels.triangle(columns, order, EPSILON))
+    return np.ascontiguousarray(columns[:, :rank].T), order.tolist()
+
+
 def _moderate(a: Matrix) -> bool:
     """Whether a matrix has elements, all finite and below the kernels' bound."""
     return bool(a.size and np.abs(a).max() < math.ldexp(1.0, KERNEL_EXPONENT_MAX))
@@ -193,7 +203,8 @@ def right_vectors(a: Matrix) -> tuple[Matrix, Matrix]:
     if a.shape[0] < a.shape[1]:
         _, s, vt = svd(a)
     else:
-        _, r, order, e = _triangular(a)
+        moderate, e = _brought_near_one(a)
+        r, order = triangle(moderate)
         turned, _, s = _orthogonalised(r, np.zeros((len(r), 0)))
         vt = np.zeros((len(r), a.shape[1]))
         vt[:, order] = turned / s[:, None]
@@ -201,19 +212,19 @@ def right_vectors(a: Matrix) -> tuple[Matrix, Matrix]:
     return s, vt * signs_of(vt.T)[:, None]
 
 
-def _triangular(a: Matrix) -> tuple[Matrix, Matrix, list[int], int]:
-    """q, r, order, e with a[:, order] = q r 2^e and r of moderate size; rank zero for zeros, NaN and infinity."""
+def _brought_near_one(a: Matrix) -> tuple[Matrix, int]:
+    """a 2^-e and e such that the largest magnitude is in [1/2, 1); zeros where there is NaN or infinity."""
     size = np.abs(a).max(initial=0.0)
     if size == 0.0 or not math.isfinite(size):
-        return np.zeros((a.shape[0], 0)), np.zeros((0, a.shape[1])), list(range(a.shape[1])), 0
+        return np.zeros_like(a), 0
     _, e = math.frexp(size)
     # one factor, as long as it is a number
-    q, r, order = pivoted_qr(a * math.ldexp(1.0, -e) if -e <= STEP else scaled(a, np.array([-e])))
-    return q, r, order, e
+    return (a * math.ldexp(1.0, -e) if -e <= STEP else scaled(a, np.array([-e]))), e
 
 
 def _tall_svd(a: Matrix) -> tuple[Matrix, Matrix, Matrix]:
-    q, r, order, e = _triangular(a)
+    moderate, e = _brought_near_one(a)
+    q, r, order = pivoted_qr(moderate)
     rank = len(r)
     if rank == 0:
         return q, np.zeros(0), r

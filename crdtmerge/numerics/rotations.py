@@ -48,6 +48,19 @@ def _dot(x, y, level):
 @compiled
 def pivoted_qr(columns, order, epsilon):
     """``decompositions.pivoted_qr`` of columns [n, m], which become those of r: q's columns [rank, m]; order [n]."""
+    reflectors = triangle(columns, order, epsilon)
+    rank, m = reflectors.shape
+    level = np.empty(m)
+    q = np.zeros((rank, m))
+    for j in range(rank - 1, -1, -1):
+        q[j, j] = 1.0
+        _reflect(reflectors[j, j:], q[j:, j:], level)
+    return q
+
+
+@compiled
+def triangle(columns, order, epsilon):
+    """``pivoted_qr`` without q: the vectors of its reflections [rank, m]."""
     n, m = columns.shape
     least = min(m, n)
     reflectors, norms, level = np.empty((least, m)), np.empty(n), np.empty(m)
@@ -77,11 +90,7 @@ def pivoted_qr(columns, order, epsilon):
         own[0] = beta
         own[1:] = 0.0
         rank += 1
-    q = np.zeros((rank, m))
-    for j in range(rank - 1, -1, -1):
-        q[j, j] = 1.0
-        _reflect(reflectors[j, j:], q[j:, j:], level)
-    return q
+    return reflectors[:rank]
 
 
 @compiled

@@ -182,8 +182,8 @@ class DualProjection(DenseStrategy[DualParameters]):
 
 def merged(taus: Sequence[Matrix], a: Sequence[float], start: Matrix, p: DualParameters, algebra: Algebra) -> Matrix:
     """D after a time, or at the minimum, for fixed a_j."""
-    terms = [(leading(tau, p.energy, algebra), c) for tau, c in zip(taus, a, strict=True) if c > 0]
-    rooted = [t * math.sqrt(c) for t, c in terms]
+    terms = [(*leading(tau, p.energy, algebra), c) for tau, c in zip(taus, a, strict=True) if c > 0]
+    rooted = [algebra.product(us * math.sqrt(c), vt) for us, _, vt, c in terms]
     out, rest = start.shape
     e, left = np.zeros((out, 0)), np.zeros(0)
     f, right = np.zeros((0, rest)), np.zeros(0)
@@ -196,9 +196,10 @@ def merged(taus: Sequence[Matrix], a: Sequence[float], start: Matrix, p: DualPar
     fastest = (left[0] if len(left) else 0.0) + (right[0] if len(right) else 0.0)
     if not fastest > 0.0:
         return start
-    goal = np.zeros_like(start)
-    for t, c in terms:
-        goal = goal + algebra.product(t, algebra.product(t.T, t)) * (c * (2.0 if p.space == "uv" else 1.0))
+    # t t^T t = u s^3 vt, all of them in one product
+    twice = 2.0 if p.space == "uv" else 1.0
+    cubes = np.concatenate([us * (s * s * (c * twice)) for us, s, _, c in terms], axis=1)
+    goal = algebra.product(cubes, np.concatenate([vt for _, _, vt, _ in terms], axis=0))
     # the matrix in modes of E and F, of E alone outside of F, and of F alone outside of E
     start_e, goal_e = algebra.product(e.T, start), algebra.product(e.T, goal)
     start_f, goal_f = algebra.product(start, f.T), algebra.product(goal, f.T)
@@ -220,13 +221,11 @@ def _way(start: Matrix, goal: Matrix, rates: Matrix, fastest: float, p: DualPara
     return (goal - start * rates) / safe * part
 
 
-def leading(tau: Matrix, energy: Decimal, algebra: Algebra) -> Matrix:
-    """A matrix's best approximation with a share of its sum of squares."""
-    if energy == 1:
-        return tau
+def leading(tau: Matrix, energy: Decimal, algebra: Algebra) -> tuple[Matrix, Matrix, Matrix]:
+    """u s, s and vt of a matrix's best approximation u s vt with a share of its sum of squares."""
     s, vt = algebra.space(tau)
     r = covering((s * s).tolist(), energy)
-    return algebra.product(algebra.product(tau, vt[:r].T), vt[:r])
+    return algebra.product(tau, vt[:r].T), s[:r], vt[:r]
 
 
 class SafeParameters(WithLambda):

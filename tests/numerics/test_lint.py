@@ -24,7 +24,7 @@ FIRST = "the first of equal ones, as numpy promises; signed zeros are equal"
 LIBRARY = "class P, asked for by dense=lapack"
 
 ALLOWED = {
-    ("numerics/decompositions.py", "_triangular", "max"): MAGNITUDES,
+    ("numerics/decompositions.py", "_brought_near_one", "max"): MAGNITUDES,
     ("numerics/decompositions.py", "eigh", "max"): MAGNITUDES,
     ("numerics/decompositions.py", "_moderate", "max"): MAGNITUDES,
     ("numerics/decompositions.py", "signs_of", "argmax"): "of magnitudes: the first of equal ones, as numpy promises",
