@@ -26,7 +26,7 @@ ALL="x86-default x86-avx2 x86-avx512 x86-numba x86-debian aarch64-a76 aarch64-ma
 COLUMNS=${*:-$ALL}
 
 TORCH_ARM=torch==2.10.0 # a CPU wheel; later ones for aarch64 are CUDA builds
-OUR_NEEDS="blake3 msgpack pydantic pydantic-core annotated-types typing-extensions typing-inspection scipy"
+OUR_NEEDS="blake3 msgpack pydantic pydantic-core annotated-types typing-extensions typing-inspection scipy threadpoolctl"
 TORCH_NEEDS="numpy mpmath filelock sympy networkx jinja2 markupsafe fsspec"
 
 say() { printf 'cross: %s\n' "$*" >&2; }
