@@ -109,11 +109,14 @@ class Partials:
         self._beginning, self._committing = threading.Lock(), threading.Lock()
         self._beside = ThreadPoolExecutor(1, thread_name_prefix="crdtmerge-commit")
         self._commit: Future[None] | None = None
+        self._ended = False
 
     def __enter__(self) -> Partials:
         return self
 
     def __exit__(self, *_: object) -> None:
+        with self._beginning:  # what a thread still begins for a fetch that was cancelled is let go of too
+            self._ended = True
         try:
             self.commit()
         finally:
@@ -122,8 +125,10 @@ class Partials:
             self._beside.shutdown()
 
     def begin(self, tree: Tree) -> Partial | None:
-        """Begin a blob or go on with it; None while another process does. Raises StorageError."""
+        """Begin a blob or go on with it; None while another process does, or after the end. Raises StorageError."""
         with self._beginning:
+            if self._ended:
+                return None
             if tree.digest in self._open:
                 return self._open[tree.digest]
             descriptor = self._locked(tree.digest)

@@ -8,8 +8,9 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -264,6 +265,32 @@ def test_a_file_is_let_go_of_only_when_its_last_writer_is_done(
         partials.write(partial, 0, tensor.piece(0))
     with pytest.raises(OSError):
         os.fstat(partial.descriptor)
+
+
+def test_a_blob_that_a_thread_still_begins_when_a_fetch_ends_is_let_go_of(
+    replica: Replica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor, known = Pieces.of(5, 3), Partials._known
+    beginning, go_on = threading.Event(), threading.Event()
+
+    def slow(self: Partials, tree: Tree, size: int) -> object:
+        beginning.set()
+        go_on.wait(20)
+        return known(self, tree, size)
+
+    ended = partials_of(replica)
+    with ThreadPoolExecutor(2) as threads, monkeypatch.context() as slowly:
+        slowly.setattr(Partials, "_known", slow)
+        begin = threads.submit(ended.begin, tensor.tree)
+        assert beginning.wait(20)
+        end = threads.submit(ended.__exit__)
+        wait([end], timeout=0.3)
+        go_on.set()
+        end.result()
+        begin.result()
+    assert ended.begin(tensor.tree) is None
+    with partials_of(replica) as partials:
+        assert begun(partials, tensor, 3).complete
 
 
 def test_the_bytes_that_wait_for_a_sync_are_bounded(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
